@@ -1,0 +1,41 @@
+"""The loop that serves: schedule, execute, apply. What executes is behind `Executor`: a process, a cluster, a fake."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from quire.scheduler.plan import StepPlan, StepResult, TokenEvent
+from quire.scheduler.scheduler import Scheduler
+
+
+class Executor(Protocol):
+    """Runs plans in the order they are submitted."""
+
+    def submit(self, plan: StepPlan) -> None:
+        """Hand over a plan; may return before it has run."""
+
+    def collect(self) -> StepResult:
+        """Wait for the oldest plan that has not been collected."""
+
+
+class Engine:
+    """Owns the order of the three verbs. `run_ahead` plans may be under way beyond the one that is awaited."""
+
+    def __init__(self, scheduler: Scheduler, executor: Executor, run_ahead: int = 0) -> None:
+        if run_ahead < 0:
+            raise ValueError(f"run_ahead must be at least 0, not {run_ahead}")
+        self.scheduler = scheduler
+        self.executor = executor
+        self.run_ahead = run_ahead
+        self._outstanding = 0
+
+    def step(self) -> list[TokenEvent]:
+        """Fill the pipeline, then take the oldest result. Empty when there is nothing to do."""
+        while self._outstanding <= self.run_ahead and (plan := self.scheduler.schedule()):
+            self.executor.submit(plan)
+            self._outstanding += 1
+        if not self._outstanding:
+            return []
+        result = self.executor.collect()
+        self._outstanding -= 1
+        return self.scheduler.apply(result)
