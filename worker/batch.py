@@ -7,9 +7,13 @@ from decode but the number of tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+
+if TYPE_CHECKING:  # the decoder needs the batch and not the table
+    from quire.worker.table import RowTable, Work
 
 
 @dataclass(slots=True)
@@ -36,3 +40,44 @@ class Batch:
 
     sample_index: torch.Tensor
     """[S] int64: index among the T tokens of the last token of each row that samples."""
+
+
+def build_batch(table: RowTable, work: Work) -> Batch:
+    """The tensors of one step, from the rows as they are. Everything the device needs travels in one copy."""
+    num_rows, block_size = len(work.rows), table.size.block_size
+    ends = work.starts + work.num_tokens
+    query_starts = np.zeros(num_rows + 1, np.int32)
+    np.cumsum(work.num_tokens, out=query_starts[1:])
+    token_rows, positions = work.rows, work.starts
+    if query_starts[-1] != num_rows:
+        token_rows = np.repeat(work.rows, work.num_tokens)
+        positions = np.arange(query_starts[-1]) - np.repeat(query_starts[:-1] - work.starts, work.num_tokens)
+    sample_index = query_starts[1:][work.sampling] - 1
+    num_blocks = -(-int(ends.max()) // block_size)
+
+    token_rows_, positions_, rows_, sample_index_ = _upload(
+        table.device, token_rows, positions, work.rows, sample_index
+    )
+    blocks = table.block_table[token_rows_, positions_ // block_size]
+    return Batch(
+        token_ids=table.token_ids[token_rows_, positions_].long(),
+        positions=positions_,
+        slots=blocks.long() * block_size + positions_ % block_size,
+        query_starts=query_starts,
+        seq_lens=ends.astype(np.int32),
+        block_tables=table.block_table[:, :num_blocks].index_select(0, rows_),
+        sample_index=sample_index_,
+    )
+
+
+def _upload(device: torch.device, *arrays: np.ndarray) -> list[torch.Tensor]:
+    """Integer arrays as int64 tensors on the device, by one copy.
+
+    Each starts at a multiple of 128 bytes: kernels are compiled anew for pointers of another alignment.
+    """
+    starts = np.cumsum([0, *(-(-len(array) // 16) * 16 for array in arrays)]).tolist()
+    packed = np.zeros(starts[-1], np.int64)
+    for start, array in zip(starts, arrays, strict=False):
+        packed[start : start + len(array)] = array
+    tensor = torch.from_numpy(packed).to(device, non_blocking=True)
+    return [tensor[start : start + len(array)] for start, array in zip(starts, arrays, strict=False)]

@@ -1,0 +1,124 @@
+"""The three kinds of process, as Ray actors: thin shells around classes that know no Ray.
+
+Ray places, starts and finds them. Once they run, steps and tokens travel over gRPC; Ray sees none of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+
+import ray
+
+from quire.cluster.controller import Controller, ControllerConfig
+from quire.cluster.executor import WorkerAddress
+from quire.cluster.gateway import Gateway, GatewayConfig
+from quire.cluster.servers import GenerationServer
+from quire.protos import generation_pb2, generation_pb2_grpc
+from quire.protos.channel import WORKER_SERVER_OPTIONS
+from quire.worker.config import WorkerConfig
+
+
+class WorkerActor:
+    """One rank. Its gRPC server belongs to `quire.worker.service`; Ray calls only bring it up and down."""
+
+    def __init__(self, config: WorkerConfig, token: str) -> None:
+        # The one lazy import: torch is loaded here, in the worker's process, and nowhere above it.
+        from quire.worker.service import WorkerServer
+
+        self._config = config
+        self._server = WorkerServer(config, token)
+        self._progress = (0, 0)
+
+    def rendezvous(self) -> str:
+        """An address on this node at which the ranks can meet."""
+        host = ray.util.get_node_ip_address()
+        with socket.socket() as probe:
+            probe.bind((host, 0))
+            return f"tcp://{host}:{probe.getsockname()[1]}"
+
+    def load(self, init_method: str) -> int:
+        """Join the group and read the weights; returns the number of KV blocks that fit here."""
+        if self._config.tensor_parallel_size > 1:
+            self._server.connect(init_method)
+        self._server.load(self._note_progress)
+        return int(self._server.measure())
+
+    def progress(self) -> tuple[int, int]:
+        """Bytes of weights read, and in all."""
+        return self._progress
+
+    def serve(self, num_blocks: int) -> WorkerAddress:
+        """Allocate the pool, run a first step through it and listen."""
+        self._server.allocate(num_blocks)
+        host = ray.util.get_node_ip_address()
+        target = self._server.serve(host)
+        incarnation = self._server.describe().incarnation
+        return WorkerAddress(self._config.rank, target, incarnation, socket.gethostname(), os.getpid())
+
+    def stop(self) -> None:
+        self._server.stop(grace=1.0)
+
+    def _note_progress(self, done: int, total: int) -> None:
+        self._progress = (done, total)
+
+
+class ControllerActor:
+    """Scheduler, KV block manager and engine loop of one replica."""
+
+    async def start(
+        self, config: ControllerConfig, info: generation_pb2.ModelInfo, workers: list[WorkerAddress], epoch: int, token: str
+    ) -> str:
+        """Returns the address of its `Generation` service."""
+        self._controller = Controller(config, info)
+        self._controller.connect(workers, epoch, token)
+        controller = self._controller
+        self._server = GenerationServer(
+            lambda server: generation_pb2_grpc.add_GenerationServicer_to_server(controller, server),
+            WORKER_SERVER_OPTIONS,
+            token,
+        )
+        host = ray.util.get_node_ip_address()
+        port = await self._server.start(f"{host}:0")
+        self._failure_watch = asyncio.create_task(self._watch())
+        return f"{host}:{port}"
+
+    async def failure(self) -> str:
+        """Returns when the engine has failed, with the reason."""
+        return await self._controller.failure()
+
+    async def audit(self) -> None:
+        await self._controller.audit()
+
+    async def pid(self) -> int:
+        return os.getpid()
+
+    async def stop(self, drain_timeout: float) -> None:
+        await self._controller.drain(drain_timeout)
+        self._failure_watch.cancel()
+        await self._server.stop(grace=1.0)
+        await self._controller.close()
+
+    async def _watch(self) -> None:
+        await self._controller.failure()
+        await self._server.set_serving(False)
+
+
+class GatewayActor:
+    """The public edge: text in front, token ids behind."""
+
+    async def start(self, config: GatewayConfig, upstream: str) -> str:
+        """Returns the public address."""
+        self._gateway = Gateway(config, upstream)
+        return await self._gateway.start()
+
+    async def failure(self) -> str:
+        """Returns when the controller is gone, with the reason."""
+        return await self._gateway.failure()
+
+    async def pid(self) -> int:
+        return os.getpid()
+
+    async def stop(self, grace: float) -> None:
+        await self._gateway.stop(grace)

@@ -1,0 +1,368 @@
+"""What a user asks for, and what is then in force.
+
+`EngineConfig` and `ServeConfig` hold the choices as given, None where the choice is ours; `resolve` looks at the model
+and the machine and returns a `ResolvedEngine`, in which nothing is left open. Whatever cannot work is refused here, in
+one sentence and before a process is started. Cheap to import: the standard library and our own plain modules.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import quire.worker.config
+from quire.scheduler.request import ModelLimits
+from quire.worker.config import WorkerConfig
+from quire.worker.models.checkpoint import open_checkpoint
+from quire.worker.models.spec import DTYPES, ModelSpec
+
+if TYPE_CHECKING:
+    from quire.protos import generation_pb2
+
+DEVICES = ("cpu", "cuda")
+LOAD_FORMATS = ("auto", "dummy")
+
+BUNDLED_NAME = "quire-demo"
+CPU_MAX_MODEL_LEN = 4096
+"""On a CPU a longer context is had by asking for it: its prompts take minutes and its KV cache gigabytes."""
+MAX_NUM_SEQS = {"cuda": 256, "cpu": 64}
+MAX_NUM_BATCHED_TOKENS = 2048
+MAX_BLOCK_SIZE = 1024
+WAITING_PER_SEQUENCE = 8
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work, in one sentence that says what to change."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """The model and how to run it."""
+
+    model: str | None = None
+    """A local folder, or a name that is in the local Hugging Face cache. None: the bundled model."""
+    device: str = "auto"
+    dtype: str = "auto"
+    tensor_parallel_size: int = 1
+    max_model_len: int | None = None
+    block_size: int = 16
+    gpu_memory_utilization: float = 0.9
+    kv_cache_memory_bytes: int | None = None
+    num_gpu_blocks_override: int | None = None
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    max_num_waiting: int | None = None
+    seed: int = 0
+    load_format: str = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class ServeConfig:
+    """An engine and how it is reached."""
+
+    engine: EngineConfig = EngineConfig()
+    served_model_names: tuple[str, ...] = ()
+    host: str = "127.0.0.1"
+    grpc_port: int = 50051
+    """0 takes any free port."""
+    address: str | None = None
+    """A Ray cluster to join. None: a local one is started."""
+    step_timeout: float | None = None
+    """Seconds after which a step counts as hung. None: chosen by the device."""
+    drain_timeout: float = 60.0
+    """Seconds that requests in progress may take to finish after a signal."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.grpc_port <= 65535:
+            raise ConfigError(f"--grpc-port must be from 1 to 65535, or 0 for any free port, not {self.grpc_port}")
+        for flag, seconds in (("--step-timeout", self.step_timeout), ("--drain-timeout", self.drain_timeout)):
+            if seconds is not None and not 0 <= seconds < math.inf:
+                raise ConfigError(f"{flag} must be a number of seconds that is not negative, not {seconds}")
+        if self.step_timeout == 0:
+            raise ConfigError("--step-timeout must be above 0 seconds: no step is done in no time")
+        for name in self.served_model_names:
+            if not 0 < len(name) <= 128 or not name.isprintable():
+                raise ConfigError(f"--served-model-name must have 1 to 128 printable characters, unlike {name[:128]!r}")
+
+    def names(self, engine: ResolvedEngine) -> tuple[str, ...]:
+        """Names under which clients may ask for the model; the first is shown."""
+        return self.served_model_names or (engine.model_name,)
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedEngine:
+    """Concrete values, checked against each other."""
+
+    spec: ModelSpec
+    model: str
+    """Absolute path of the model's folder."""
+    model_name: str
+    """As the user gave it."""
+    device: str
+    dtype: str
+    tensor_parallel_size: int
+    max_model_len: int
+    block_size: int
+    gpu_memory_utilization: float
+    kv_cache_memory_bytes: int | None
+    num_gpu_blocks_override: int | None
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_num_waiting: int
+    seed: int
+    load_format: str
+    notes: tuple[str, ...] = ()
+    """Choices that a user might not expect, each a sentence to be shown at the start."""
+
+    @property
+    def limits(self) -> ModelLimits:
+        return ModelLimits(self.spec.vocab_size, self.max_model_len, self.spec.eos_token_ids)
+
+    def worker_config(self, rank: int) -> WorkerConfig:
+        return WorkerConfig(
+            model=self.model,
+            device=self.device,
+            dtype=self.dtype,
+            load_format=self.load_format,
+            rank=rank,
+            tensor_parallel_size=self.tensor_parallel_size,
+            block_size=self.block_size,
+            max_model_len=self.max_model_len,
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            gpu_memory_utilization=self.gpu_memory_utilization,
+            kv_cache_memory_bytes=self.kv_cache_memory_bytes,
+            num_gpu_blocks_override=self.num_gpu_blocks_override,
+            seed=self.seed,
+        )
+
+    def model_info(self, config: ServeConfig, num_blocks: int) -> generation_pb2.ModelInfo:
+        """What GetModelInfo answers; whether there is a chat template, the gateway knows."""
+        from quire.protos import generation_pb2
+
+        return generation_pb2.ModelInfo(
+            model=config.names(self)[0],
+            architecture=self.spec.architecture,
+            max_model_len=self.max_model_len,
+            vocab_size=self.spec.vocab_size,
+            dtype=self.dtype,
+            device=self.device,
+            tensor_parallel_size=self.tensor_parallel_size,
+            block_size=self.block_size,
+            num_blocks=num_blocks,
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            eos_token_ids=self.spec.eos_token_ids,
+            version=version(),
+        )
+
+
+def resolve(config: EngineConfig) -> ResolvedEngine:
+    """Raises ConfigError or ModelError, both ValueErrors, for what cannot be served."""
+    _check(config)
+    folder = find_model(config.model)
+    spec = ModelSpec.from_pretrained(folder)
+    spec.check_parallel(config.tensor_parallel_size)
+    if config.load_format != "dummy":
+        open_checkpoint(folder, spec)
+    notes: list[str] = []
+    device = config.device if config.device != "auto" else "cuda" if gpu_is_visible() else "cpu"
+    max_model_len = _max_model_len(config, spec, device, notes)
+    max_num_seqs = config.max_num_seqs or MAX_NUM_SEQS[device]
+    engine = ResolvedEngine(
+        spec=spec,
+        model=str(folder),
+        model_name=config.model.rstrip("/") if config.model is not None else BUNDLED_NAME,
+        device=device,
+        dtype=_dtype(config, spec, device, notes),
+        tensor_parallel_size=config.tensor_parallel_size,
+        max_model_len=max_model_len,
+        block_size=config.block_size,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        kv_cache_memory_bytes=config.kv_cache_memory_bytes,
+        num_gpu_blocks_override=config.num_gpu_blocks_override,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens or max(MAX_NUM_BATCHED_TOKENS, max_num_seqs),
+        max_num_waiting=config.max_num_waiting
+        if config.max_num_waiting is not None
+        else WAITING_PER_SEQUENCE * max_num_seqs,
+        seed=config.seed,
+        load_format=config.load_format,
+        notes=tuple(notes),
+    )
+    _check_resolved(engine)
+    return engine
+
+
+# -- single settings
+
+
+def _check(config: EngineConfig) -> None:
+    for flag, value, known in (
+        ("--device", config.device, ("auto", *DEVICES)),
+        ("--dtype", config.dtype, ("auto", *DTYPES)),
+        ("--load-format", config.load_format, LOAD_FORMATS),
+    ):
+        if value not in known:
+            raise ConfigError(f"{flag} must be one of {', '.join(known)}, not {value!r}")
+    for flag, number in (
+        ("--tensor-parallel-size", config.tensor_parallel_size),
+        ("--kv-cache-memory-bytes", config.kv_cache_memory_bytes),
+        ("--num-gpu-blocks-override", config.num_gpu_blocks_override),
+        ("--max-num-seqs", config.max_num_seqs),
+        ("--max-num-batched-tokens", config.max_num_batched_tokens),
+    ):
+        if number is not None and number < 1:
+            raise ConfigError(f"{flag} must be at least 1, not {number}")
+    if config.max_num_waiting is not None and config.max_num_waiting < 0:
+        raise ConfigError(f"--max-num-waiting must not be negative, unlike {config.max_num_waiting}")
+    size = config.block_size
+    if not 1 <= size <= MAX_BLOCK_SIZE or size & (size - 1):
+        raise ConfigError(f"--block-size must be a power of two from 1 to {MAX_BLOCK_SIZE}, not {size}")
+    if not 0 < config.gpu_memory_utilization <= 1:  # not a number is refused too
+        raise ConfigError(
+            f"--gpu-memory-utilization must be above 0 and at most 1, not {config.gpu_memory_utilization}"
+        )
+
+
+def _check_resolved(engine: ResolvedEngine) -> None:
+    if engine.max_num_batched_tokens < engine.max_num_seqs:
+        raise ConfigError(
+            f"--max-num-batched-tokens ({engine.max_num_batched_tokens}) must be at least --max-num-seqs"
+            f" ({engine.max_num_seqs}): every running sequence takes one token of a step"
+        )
+    blocks = engine.num_gpu_blocks_override
+    if blocks is not None and blocks * engine.block_size < engine.max_model_len:
+        raise ConfigError(
+            f"--num-gpu-blocks-override {blocks} makes room for {blocks * engine.block_size} tokens, fewer than"
+            f" one sequence of {engine.max_model_len}: raise it to {-(-engine.max_model_len // engine.block_size)},"
+            f" or lower --max-model-len to {blocks * engine.block_size}"
+        )
+
+
+def _max_model_len(config: EngineConfig, spec: ModelSpec, device: str, notes: list[str]) -> int:
+    longest = spec.max_position_embeddings
+    given = config.max_model_len
+    if given is None:
+        if device == "cpu" and longest > CPU_MAX_MODEL_LEN:
+            notes.append(
+                f"max_model_len is {CPU_MAX_MODEL_LEN} on a CPU; the model's own is {longest}, to be had with"
+                " --max-model-len"
+            )
+            return CPU_MAX_MODEL_LEN
+        return longest
+    if given < 2:
+        raise ConfigError(f"--max-model-len must be at least 2, a token of prompt and one of output, not {given}")
+    if given > longest:
+        raise ConfigError(f"--max-model-len {given} is more than the model's {longest} positions: lower it")
+    return given
+
+
+def _dtype(config: EngineConfig, spec: ModelSpec, device: str, notes: list[str]) -> str:
+    dtype = spec.dtype if config.dtype == "auto" else config.dtype
+    if device == "cuda":
+        return dtype
+    if dtype == "float16" and config.dtype == "auto":
+        notes.append("the model's float16 is served as float32, in which a CPU computes faster")
+        return "float32"
+    if dtype == "bfloat16" and not _cpu_has_bfloat16():
+        notes.append("this CPU has no bfloat16 instructions: --dtype float32 is faster and takes twice the memory")
+    return dtype
+
+
+# -- the model's folder
+
+
+def find_model(name: str | None) -> Path:
+    """The folder of a model that is given by path, by its name in the Hugging Face cache, or not at all."""
+    if name is None:
+        return Path(quire.worker.config.__file__).parent / "demo"
+    path = Path(name).expanduser()
+    if path.exists():
+        return path.resolve()
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise ConfigError(f"there is no folder {name!r}: give the path of a model's folder, with its config.json")
+    cache = _hub_cache() / f"models--{name.replace('/', '--')}"
+    snapshot = _snapshot(cache)
+    if snapshot is None:
+        raise ConfigError(
+            f"there is no folder {name!r}, and no model of that name in {_hub_cache()}: models are read from"
+            f" local folders, so fetch it first (hf download {name})"
+        )
+    return snapshot
+
+
+def _hub_cache() -> Path:
+    """Where huggingface_hub keeps what it has downloaded, by its own environment variables."""
+    if cache := os.environ.get("HF_HUB_CACHE"):
+        return Path(cache).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    return Path(os.environ.get("HF_HOME", f"{base}/huggingface")).expanduser() / "hub"
+
+
+def _snapshot(cache: Path) -> Path | None:
+    """The revision that `main` names, or the only one."""
+    reference = cache / "refs" / "main"
+    if reference.is_file():
+        named = cache / "snapshots" / reference.read_text(encoding="utf-8").strip()
+        if named.is_dir():
+            return named
+    snapshots = [folder for folder in cache.glob("snapshots/*") if folder.is_dir()]
+    return snapshots[0] if len(snapshots) == 1 else None
+
+
+# -- the machine
+
+
+def gpu_is_visible(devices: Path = Path("/dev")) -> bool:
+    """Whether a GPU of NVIDIA's is there and not hidden, without importing torch, which takes seconds."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
+        return False
+    return any(devices.glob("nvidia[0-9]*")) or (devices / "dxg").exists()
+
+
+def _cpu_has_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    if not cpuinfo.is_file():
+        return False
+    return re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", cpuinfo.read_text(encoding="utf-8")) is not None
+
+
+def version() -> str:
+    try:
+        return importlib.metadata.version("quire")
+    except importlib.metadata.PackageNotFoundError:  # run from a source tree
+        return "unknown"
+
+
+# -- sizes as people write them
+
+
+_COUNT = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
+_BYTES = {
+    **{"": 1, "B": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12},
+    **{"kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12},
+    **{"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40},
+}
+
+
+def parse_count(text: str) -> int:
+    """As vLLM: 1k is 1000, 1K is 1024, 25.6k is 25600."""
+    return _parse(text, _COUNT, "a whole number, or one with k (1000) or K (1024) behind it")
+
+
+def parse_bytes(text: str) -> int:
+    """2GiB and 2G are 2^31; 2GB and 2g are 2 billion."""
+    return _parse(text, _BYTES, "a number of bytes, such as 512M, 2GiB or 8GB")
+
+
+def _parse(text: str, units: dict[str, int], expected: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip(), re.ASCII)
+    value = float(match[1]) * units[match[2]] if match and match[2] in units else -1.0
+    if not value.is_integer() or not 0 <= value < 2**63:
+        raise ConfigError(f"{text[:40]!r} is not {expected}")
+    return int(value)

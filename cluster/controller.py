@@ -1,0 +1,363 @@
+"""The controller: owns the scheduler and the engine's loop, and serves `Generation` for token ids.
+
+Two worlds meet here. The engine runs in a thread of its own and is the only one to touch the scheduler; the service runs
+in an asyncio loop. Into the engine go calls (`EngineThread.call`), out of it come events, one hand-over per step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import queue
+import secrets
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeVar
+
+import grpc
+
+from quire.cluster import errors, wire
+from quire.cluster.errors import RequestError
+from quire.cluster.executor import GrpcExecutor, WorkerAddress, WorkerLost
+from quire.cluster.servers import Context
+from quire.protos import generation_pb2, generation_pb2_grpc
+from quire.scheduler.config import SchedulerConfig
+from quire.scheduler.engine import Engine
+from quire.scheduler.params import InvalidRequest, QueueFull
+from quire.scheduler.plan import TokenEvent
+from quire.scheduler.request import ModelLimits, Request
+from quire.scheduler.scheduler import Scheduler
+from quire.scheduler.sequence import FinishReason
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class ControllerConfig:
+    """What the controller reads."""
+
+    scheduler: SchedulerConfig
+    limits: ModelLimits
+    step_timeout: float
+    """Seconds within which every rank must have finished a step."""
+    run_ahead: int = 1
+    """Plans under way beyond the one whose result is awaited."""
+
+
+class EngineThread:
+    """Runs the engine; everything that touches the scheduler runs here."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        executor: GrpcExecutor,
+        on_events: Callable[[list[TokenEvent]], None],
+        on_failure: Callable[[Exception], None],
+    ) -> None:
+        self._engine = engine
+        self._executor = executor
+        self._on_events = on_events
+        self._on_failure = on_failure
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def call(self, function: Callable[[Scheduler], T]) -> asyncio.Future[T]:
+        """Run `function` between two steps. The future belongs to the calling loop."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+
+        def run() -> None:
+            try:
+                settle = functools.partial(_resolve, future, function(self._engine.scheduler))
+            except Exception as error:  # belongs to the caller, not to this thread
+                settle = functools.partial(_reject, future, error)
+            loop.call_soon_threadsafe(settle)
+
+        self._calls.put(run)
+        return future
+
+    def wake(self) -> None:
+        """Have an idle loop look after its executor."""
+        self._calls.put(lambda: None)
+
+    def stop(self) -> None:
+        self._calls.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while self._take_calls():
+                self._executor.check()
+                if events := self._engine.step():
+                    self._on_events(events)
+        except Exception as error:  # the thread's edge: whoever holds a stream is told
+            if not isinstance(error, WorkerLost):
+                logger.exception("the engine failed")
+            self._on_failure(error)
+            self._serve_calls()
+
+    def _take_calls(self) -> bool:
+        """Run what has been asked for, and wait for more when there is nothing else to do. False: stop."""
+        block = not self._engine.scheduler.has_work
+        while True:
+            try:
+                call = self._calls.get(block)
+            except queue.Empty:
+                return True
+            if call is None:
+                return False
+            call()
+            block = False
+
+    def _serve_calls(self) -> None:
+        """After a failure: steps are over, cancellations and questions still get their answers."""
+        while (call := self._calls.get()) is not None:
+            call()
+
+
+def _resolve(future: asyncio.Future[T], value: T) -> None:
+    if not future.done():
+        future.set_result(value)
+
+
+def _reject(future: asyncio.Future[Any], error: Exception) -> None:
+    if not future.done():
+        future.set_exception(error)
+
+
+class _Stream:
+    """One open request: events wait here until its reader takes them, however slow it is."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.unfinished = request.params.n
+        self.error: RequestError | None = None
+        self._events: deque[TokenEvent] = deque()
+        self._ready = asyncio.Event()
+        self._sent = [0] * request.params.n
+
+    def push(self, event: TokenEvent) -> None:
+        self._events.append(event)
+        if event.finish_reason is not None:
+            self.unfinished -= 1
+        self._ready.set()
+
+    def fail(self, error: RequestError) -> None:
+        self.error = error
+        self._ready.set()
+
+    async def messages(self) -> AsyncIterator[generation_pb2.GenerateResponse]:
+        """Everything up to the last sample's end. Raises RequestError."""
+        open_samples = self.request.params.n
+        while open_samples:
+            await self._ready.wait()
+            self._ready.clear()
+            events, self._events = list(self._events), deque()
+            for index in sorted({event.sequence.index for event in events}):
+                for message in self._encode(index, [event for event in events if event.sequence.index == index]):
+                    open_samples -= message.HasField("finished")
+                    yield message
+            if self.error is not None:
+                raise self.error
+
+    def _encode(self, index: int, events: list[TokenEvent]) -> list[generation_pb2.GenerateResponse]:
+        last = events[-1]
+        if last.finish_reason is FinishReason.ERROR:
+            raise RequestError(grpc.StatusCode.INTERNAL, "the model's logits were not numbers", reason="NAN_LOGITS")
+        messages = [wire.encode_output(index, self._sent[index], events)]
+        self._sent[index] += len(events)
+        if last.finish_reason is not None:
+            messages.append(wire.encode_finished(last, self._sent[index]))
+        return messages
+
+
+class Controller(generation_pb2_grpc.GenerationServicer):
+    """The `Generation` service over token ids. Lives in one asyncio loop."""
+
+    def __init__(self, config: ControllerConfig, info: generation_pb2.ModelInfo) -> None:
+        self.config = config
+        self.info = info
+        self._streams: dict[str, _Stream] = {}
+        self._refusal: RequestError | None = RequestError(grpc.StatusCode.UNAVAILABLE, "the model is being loaded")
+        self._lost = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def connect(self, workers: list[WorkerAddress], epoch: int, token: str) -> None:
+        """Take charge of the workers and start the loop."""
+        self._loop = asyncio.get_running_loop()
+        self._scheduler = Scheduler(self.config.scheduler)
+        self._executor = GrpcExecutor(
+            workers, epoch, token, self.config.step_timeout, on_loss=lambda: self._thread.wake()
+        )
+        self._thread = EngineThread(
+            Engine(self._scheduler, self._executor, self.config.run_ahead),
+            self._executor,
+            on_events=lambda events: self._post(self._dispatch, events),
+            on_failure=lambda error: self._post(self._fail, error),
+        )
+        self._thread.start()
+        self._refusal = None
+
+    async def drain(self, timeout: float) -> None:
+        """Accept nothing new, let the open requests finish, end those that have not after `timeout` seconds."""
+        self._refusal = RequestError(grpc.StatusCode.UNAVAILABLE, "the server is shutting down", retry_after_s=5)
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout)
+        except TimeoutError:
+            self._end_all(self._refusal)
+
+    async def close(self) -> None:
+        await asyncio.to_thread(self._thread.stop)
+        await asyncio.to_thread(self._executor.close)
+
+    async def failure(self) -> str:
+        """Waits until the engine has failed; says why."""
+        await self._lost.wait()
+        assert self._refusal is not None
+        return self._refusal.message
+
+    async def audit(self) -> None:
+        """Raises AuditError when the books do not balance."""
+        await self._thread.call(lambda scheduler: scheduler.audit())
+
+    # -- the service -----------------------------------------------------------------------------------------------
+
+    async def Generate(
+        self, request: generation_pb2.GenerateRequest, context: Context
+    ) -> AsyncIterator[generation_pb2.GenerateResponse]:
+        try:
+            stream = await self._open(request)
+        except RequestError as error:
+            await errors.abort(context, error)
+        try:
+            yield _started(stream.request, self.info.model)
+            async for message in stream.messages():
+                yield message
+        except RequestError as error:
+            await errors.abort(context, error)
+        finally:
+            # Reached however the stream ends: finished, failed, cancelled, past its deadline, reader gone.
+            self._close(stream)
+
+    async def Abort(
+        self, request: generation_pb2.AbortRequest, context: Context
+    ) -> generation_pb2.AbortResponse:
+        stream = self._streams.get(request.request_id)
+        if stream is None:
+            message = f"no request with id {request.request_id[:128]!r} is in progress"
+            await errors.abort(context, RequestError(grpc.StatusCode.NOT_FOUND, message, field="request_id"))
+        stream.fail(RequestError(grpc.StatusCode.CANCELLED, "aborted by Abort", reason="ABORTED_BY_CALL"))
+        return generation_pb2.AbortResponse()
+
+    async def GetModelInfo(
+        self, request: generation_pb2.GetModelInfoRequest, context: Context
+    ) -> generation_pb2.ModelInfo:
+        return self.info
+
+    async def GetLoad(
+        self, request: generation_pb2.GetLoadRequest, context: Context
+    ) -> generation_pb2.Load:
+        def read(scheduler: Scheduler) -> generation_pb2.Load:
+            running, waiting = len(scheduler.running), len(scheduler.waiting)
+            return wire.encode_load(scheduler.counters, scheduler.memory(), running, waiting, len(self._streams))
+
+        if self._refusal is not None and not hasattr(self, "_thread"):
+            await errors.abort(context, self._refusal)
+        return await self._thread.call(read)
+
+    # -- streams ---------------------------------------------------------------------------------------------------
+
+    async def _open(self, message: generation_pb2.GenerateRequest) -> _Stream:
+        if self._refusal is not None:
+            raise self._refusal
+        request = self._check(message)
+        stream = _Stream(request)
+        if self._streams.setdefault(request.request_id, stream) is not stream:
+            raise RequestError(
+                grpc.StatusCode.ALREADY_EXISTS,
+                f"a request with id {request.request_id!r} is in progress already",
+                field="request_id",
+            )
+        self._idle.clear()
+        try:
+            await self._thread.call(lambda scheduler: scheduler.add(request))
+        except BaseException as error:
+            self._close(stream)
+            _raise_refused(error)
+        return stream
+
+    def _check(self, message: generation_pb2.GenerateRequest) -> Request:
+        if message.model and message.model != self.info.model:
+            raise RequestError(
+                grpc.StatusCode.NOT_FOUND,
+                f"there is no model {message.model[:128]!r} here; {self.info.model!r} is served",
+                field="model",
+            )
+        if message.WhichOneof("prompt") != "token_ids":
+            raise errors.invalid("prompt", "the controller takes token ids; send text to the gateway")
+        try:
+            params = wire.decode_sampling(message.sampling)
+            seed = secrets.randbits(63) if params.seed is None else params.seed
+            name = message.request_id or secrets.token_hex(8)
+            return Request.checked(name, message.token_ids.ids, params, seed, self.config.limits)
+        except InvalidRequest as error:
+            raise errors.invalid(error.field, str(error)) from error
+
+    def _close(self, stream: _Stream) -> None:
+        name = stream.request.request_id
+        if self._streams.get(name) is stream:
+            del self._streams[name]
+            if stream.unfinished:
+                self._thread.call(lambda scheduler: scheduler.cancel(name))
+        if not self._streams:
+            self._idle.set()
+
+    # -- from the engine's thread ------------------------------------------------------------------------------------
+
+    def _post(self, function: Callable[..., None], *arguments: object) -> None:
+        self._loop.call_soon_threadsafe(function, *arguments)
+
+    def _dispatch(self, events: list[TokenEvent]) -> None:
+        for event in events:
+            if stream := self._streams.get(event.sequence.request.request_id):
+                stream.push(event)
+
+    def _fail(self, error: Exception) -> None:
+        """The engine is over: every stream ends with the reason, and nothing new is accepted."""
+        if isinstance(error, WorkerLost):
+            logger.error("%s", error)
+            self._refusal = RequestError(grpc.StatusCode.UNAVAILABLE, str(error), reason="WORKER_LOST")
+        else:
+            self._refusal = RequestError(grpc.StatusCode.INTERNAL, f"the engine failed: {error}", reason="ENGINE_FAILED")
+        self._end_all(self._refusal)
+        self._lost.set()
+
+    def _end_all(self, error: RequestError) -> None:
+        for stream in self._streams.values():
+            stream.fail(error)
+
+
+def _started(request: Request, model: str) -> generation_pb2.GenerateResponse:
+    seed = request.seed - (1 << 64) if request.seed >> 63 else request.seed
+    started = generation_pb2.Started(
+        request_id=request.request_id, model=model, prompt_tokens=len(request.prompt_token_ids), seed=seed
+    )
+    return generation_pb2.GenerateResponse(started=started)
+
+
+def _raise_refused(error: BaseException) -> NoReturn:
+    if isinstance(error, InvalidRequest):
+        raise errors.invalid(error.field, str(error)) from error
+    if isinstance(error, QueueFull):
+        code = grpc.StatusCode.RESOURCE_EXHAUSTED
+        raise RequestError(code, f"{error}; try again later", reason="QUEUE_FULL", retry_after_s=1) from error
+    raise error

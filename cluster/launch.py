@@ -1,0 +1,318 @@
+"""From a configuration to a serving replica, and back to nothing: starts or joins Ray, places and wires the processes,
+waits, and on a signal or a failure takes everything down again, in order.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from quire.cluster.actors import ControllerActor, GatewayActor, WorkerActor
+from quire.cluster.config import ResolvedEngine, ServeConfig, resolve
+from quire.cluster.controller import ControllerConfig
+from quire.cluster.executor import WorkerAddress
+from quire.cluster.gateway import GatewayConfig
+from quire.cluster.grpc_api import ApiSettings
+from quire.cluster.progress import Progress
+from quire.scheduler.config import SchedulerConfig
+
+logger = logging.getLogger(__name__)
+
+NAMESPACE = "quire"
+PLACEMENT_TIMEOUT_S = 60.0
+STEP_TIMEOUT_S = {"cuda": 30.0, "cpu": 120.0}
+"""A rank that lives but has not finished a step by then is taken to hang; a long prompt on a CPU may take a minute."""
+
+
+class LaunchError(RuntimeError):
+    """Serving could not start. The message says what was missing and what to change."""
+
+
+def serve(config: ServeConfig) -> int:
+    """Serve until a signal comes or a process fails. Returns the exit code: 0 after a signal, 1 after a failure."""
+    started = time.monotonic()
+    progress = Progress(sys.stderr)
+    engine = resolve(config.engine)
+    _check_port(config.host, config.grpc_port)
+    with _signals() as stop, _ray(config.address, engine, progress):
+        replica = Replica(config, engine, progress)
+        try:
+            address = replica.start(stop)
+            progress.ready(address, engine, replica.num_blocks, time.monotonic() - started)
+            reason = replica.wait(stop)
+            if reason is not None:
+                progress.line(f"stopping: {reason}")
+            return 0 if reason is None else 1
+        except Stopped:
+            return 0
+        finally:
+            replica.stop()
+            progress.line("stopped")
+
+
+class Stopped(Exception):
+    """A signal came while something was being waited for."""
+
+
+@dataclass
+class Replica:
+    """The processes of one replica and the resources that they hold."""
+
+    config: ServeConfig
+    engine: ResolvedEngine
+    progress: Progress
+    num_blocks: int = 0
+    _token: str = field(default_factory=lambda: secrets.token_hex(16), repr=False)
+    _group: PlacementGroup | None = None
+    _workers: list[Any] = field(default_factory=list)
+    _controller: Any = None
+    _gateway: Any = None
+
+    def start(self, stop: Callable[[], bool]) -> str:
+        """Returns the public address. Raises LaunchError, or Stopped when a signal comes first."""
+        self._group = self._place(stop)
+        self._create(self._group)
+        addresses = self._start_workers(stop)
+        controller = self._get(
+            self._controller.start.remote(
+                self._controller_config(), self.engine.model_info(self.config, self.num_blocks), addresses, _epoch(), self._token
+            ),
+            stop,
+        )
+        return str(self._get(self._gateway.start.remote(self._gateway_config(), controller), stop))
+
+    def wait(self, stop: Callable[[], bool]) -> str | None:
+        """Returns None when a signal came, else why the replica failed."""
+        failure = self._controller.failure.remote()
+        gateway = self._gateway.failure.remote()
+        while not stop():
+            done, _ = ray.wait([failure, gateway], num_returns=1, timeout=0.2)
+            if done:
+                return _outcome(done[0])
+        return None
+
+    def stop(self) -> None:
+        """Gateway first, so that nobody is accepted whom nobody would serve; never raises."""
+        timeout = self.config.drain_timeout
+        if self._gateway is not None:
+            _quietly(ray.get, self._gateway.stop.remote(timeout), timeout=timeout + 5)
+        if self._controller is not None:
+            _quietly(ray.get, self._controller.stop.remote(1.0), timeout=10)
+        _quietly(ray.get, [worker.stop.remote() for worker in self._workers], timeout=5)
+        for actor in (self._gateway, self._controller, *self._workers):
+            if actor is not None:
+                _quietly(ray.kill, actor)
+        if self._group is not None:
+            _quietly(remove_placement_group, self._group)
+
+    # -- steps of the start ----------------------------------------------------------------------------------------
+
+    def _place(self, stop: Callable[[], bool]) -> PlacementGroup:
+        bundle = {"CPU": 1.0, "GPU": 1.0} if self.engine.device == "cuda" else {"CPU": 1.0}
+        bundles = [bundle] * self.engine.tensor_parallel_size
+        group: PlacementGroup = placement_group(bundles, strategy="PACK")
+        try:
+            self._get(group.ready(), stop, PLACEMENT_TIMEOUT_S)
+        except ray.exceptions.GetTimeoutError:
+            remove_placement_group(group)
+            raise LaunchError(_describe_shortage(bundles)) from None
+        return group
+
+    def _create(self, group: PlacementGroup) -> None:
+        on_gpu = self.engine.device == "cuda"
+        self._controller = _actor(ControllerActor, group, 0).remote()
+        self._gateway = _actor(GatewayActor, group, 0).remote()
+        self._workers = [
+            _actor(WorkerActor, group, rank, num_cpus=1, num_gpus=1 if on_gpu else 0, max_concurrency=2).remote(
+                self.engine.worker_config(rank), self._token
+            )
+            for rank in range(self.engine.tensor_parallel_size)
+        ]
+
+    def _start_workers(self, stop: Callable[[], bool]) -> list[WorkerAddress]:
+        self.progress.line(f"starting {len(self._workers)} worker(s)")
+        init_method = self._get(self._workers[0].rendezvous.remote(), stop)
+        loading = [worker.load.remote(init_method) for worker in self._workers]
+        self._show_loading(loading, stop)
+        self.num_blocks = min(self._get_all(loading, stop))
+        self.progress.line(f"KV cache: {self.num_blocks} blocks of {self.engine.block_size} tokens")
+        serving = [worker.serve.remote(self.num_blocks) for worker in self._workers]
+        return self._get_all(serving, stop)
+
+    def _show_loading(self, loading: list[Any], stop: Callable[[], bool]) -> None:
+        while True:
+            done, pending = ray.wait(loading, num_returns=len(loading), timeout=0.2)
+            if stop():
+                raise Stopped
+            if not pending or any(_failed(ref) for ref in done):
+                return
+            self.progress.weights(*ray.get(self._workers[0].progress.remote()))
+
+    def _controller_config(self) -> ControllerConfig:
+        engine = self.engine
+        scheduler = SchedulerConfig(
+            num_blocks=self.num_blocks,
+            block_size=engine.block_size,
+            max_model_len=engine.max_model_len,
+            max_num_seqs=engine.max_num_seqs,
+            max_num_batched_tokens=engine.max_num_batched_tokens,
+            max_num_waiting=engine.max_num_waiting,
+        )
+        return ControllerConfig(scheduler, engine.limits, self.config.step_timeout or STEP_TIMEOUT_S[engine.device])
+
+    def _gateway_config(self) -> GatewayConfig:
+        engine, config = self.engine, self.config
+        api = ApiSettings(
+            config.names(engine), engine.max_model_len, engine.limits.vocab_size, internal_token=self._token
+        )
+        return GatewayConfig(engine.model, api, config.host, config.grpc_port)
+
+    def _get(self, ref: Any, stop: Callable[[], bool], timeout: float = float("inf")) -> Any:
+        return self._get_all([ref], stop, timeout)[0]
+
+    def _get_all(self, refs: list[Any], stop: Callable[[], bool], timeout: float = float("inf")) -> list[Any]:
+        """Their values; the first failure among them as soon as it is there. A signal interrupts the wait."""
+        deadline = time.monotonic() + timeout
+        pending = list(refs)
+        while pending:
+            if stop():
+                raise Stopped
+            done, pending = ray.wait(pending, num_returns=1, timeout=min(0.2, max(0.0, deadline - time.monotonic())))
+            for ref in done:
+                _value(ref)
+            if pending and time.monotonic() >= deadline:
+                raise ray.exceptions.GetTimeoutError("timed out")
+        return [_value(ref) for ref in refs]
+
+
+# -- Ray -----------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _ray(address: str | None, engine: ResolvedEngine, progress: Progress) -> Iterator[None]:
+    """A Ray to run on: the caller's own connection, the cluster at `address`, or a local one that lives as long as we do."""
+    if ray.is_initialized():
+        yield
+        return
+    common: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": True, "logging_level": logging.ERROR}
+    if address is None:
+        progress.line("starting a local Ray")
+        cores = max(os.cpu_count() or 1, engine.tensor_parallel_size)
+        ray.init(
+            **common, num_cpus=cores, include_dashboard=False, _node_ip_address="127.0.0.1", object_store_memory=100 << 20
+        )
+    else:
+        progress.line(f"joining the Ray cluster at {address}")
+        try:
+            ray.init(address=address, **common)
+        except (ConnectionError, RuntimeError) as error:
+            raise LaunchError(f"no Ray cluster could be joined at {address!r}: {error}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _actor(kind: type, group: PlacementGroup, bundle: int, num_cpus: float = 0, **options: Any) -> Any:
+    strategy = PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=bundle)
+    return ray.remote(kind).options(
+        num_cpus=num_cpus, scheduling_strategy=strategy, max_restarts=0, max_task_retries=0, **options
+    )
+
+
+def _value(ref: Any) -> Any:
+    """The call's value; its own exception rather than Ray's wrapping of it."""
+    try:
+        return ray.get(ref)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error
+    except ray.exceptions.RayActorError as error:
+        raise LaunchError(f"a process died while starting: {error}") from error
+
+
+def _failed(ref: Any) -> bool:
+    try:
+        ray.get(ref)
+    except ray.exceptions.RayError:
+        return True
+    return False
+
+
+def _outcome(ref: Any) -> str:
+    """What a watch returned, or that the watched process is gone."""
+    try:
+        return str(ray.get(ref))
+    except ray.exceptions.RayError as error:
+        return f"a process is gone: {error}"
+
+
+def _describe_shortage(bundles: list[dict[str, float]]) -> str:
+    asked = ", ".join(f"{name} {sum(bundle.get(name, 0) for bundle in bundles):g}" for name in bundles[0])
+    nodes = [
+        f"{node['NodeManagerHostname']}: "
+        + ", ".join(f"{name} {node['Resources'].get(name, 0):g}" for name in ("CPU", "GPU"))
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+    return (
+        f"no room for {len(bundles)} worker(s) within {PLACEMENT_TIMEOUT_S:g} s: asked for {asked};"
+        f" the cluster has {'; '.join(nodes)}. Lower --tensor-parallel-size, add nodes, or end what holds them"
+    )
+
+
+# -- the process ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _signals() -> Iterator[Callable[[], bool]]:
+    """Turns SIGINT and SIGTERM into a question that can be asked; a second one ends the process at once."""
+    received: list[int] = []
+
+    def note(number: int, _frame: object) -> None:
+        if received:
+            os._exit(128 + number)
+        received.append(number)
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _check_port(host: str, port: int) -> None:
+    """Better to hear of a busy port now than after the weights are loaded."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise LaunchError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --grpc-port") from error
+
+
+def _epoch() -> int:
+    """Grows with every controller: workers refuse an older one."""
+    return time.time_ns() // 1_000_000
+
+
+def _quietly(action: Callable[..., object], *arguments: object, **options: object) -> None:
+    """Going down, every step is tried whatever became of the one before."""
+    try:
+        action(*arguments, **options)
+    except Exception as error:
+        logger.debug("while stopping: %s", error)

@@ -1,0 +1,300 @@
+"""The offline API: a model in this process, prompts in, results out. Shapes are those that vLLM's users know.
+
+    from quire.cluster.llm import LLM, SamplingParams
+    outputs = LLM("path/to/model").generate(["Once upon a time"], SamplingParams(temperature=0, max_tokens=64))
+    print(outputs[0].outputs[0].text)
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
+
+from quire.cluster.config import EngineConfig, resolve
+from quire.cluster.local import LocalExecutor
+from quire.cluster.text import Detokenizer, NoTokenizerError, StopStrings, TextError, Tokenizer
+from quire.scheduler.config import SchedulerConfig
+from quire.scheduler.engine import Engine
+from quire.scheduler.params import InvalidRequest, SamplingParams
+from quire.scheduler.plan import Logprobs, TokenEvent
+from quire.scheduler.request import Request
+from quire.scheduler.scheduler import Scheduler
+from quire.scheduler.sequence import FinishReason
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+"""Text, token ids, or one of them as {"prompt": text} or {"prompt_token_ids": ids}."""
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """Of one candidate for one token."""
+
+    logprob: float
+    rank: int
+    """1 is the most likely."""
+    decoded_token: str | None
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One sample."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    cumulative_logprob: float | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+    """One dictionary per token, by token id: the sampled one, and the most likely ones that were asked for."""
+    finish_reason: str | None = None
+    """"stop" or "length"."""
+    stop_reason: int | str | None = None
+    """The stop string or stop token that ended it; None for the model's own end."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """One prompt and its samples."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool = True
+
+
+class LLM:
+    """A model loaded into this process: scheduler, KV pool and worker, without Ray and without a server.
+
+    `model` is a folder with config.json, safetensors and tokenizer; None takes the bundled model. Arguments left None
+    are chosen as `quire serve` chooses them. Raises ValueError, in one sentence, for what cannot be served. With
+    tensor_parallel_size above 1 the other ranks are child processes, so the calling script needs the usual
+    `if __name__ == "__main__":` guard.
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        *,
+        device: str | None = None,
+        dtype: str | None = None,
+        tensor_parallel_size: int = 1,
+        max_model_len: int | None = None,
+        block_size: int | None = None,
+        gpu_memory_utilization: float | None = None,
+        kv_cache_memory_bytes: int | None = None,
+        num_gpu_blocks_override: int | None = None,
+        max_num_seqs: int | None = None,
+        max_num_batched_tokens: int | None = None,
+        seed: int = 0,
+        load_format: str = "auto",
+    ) -> None:
+        given: dict[str, Any] = dict(
+            model=model, device=device, dtype=dtype, tensor_parallel_size=tensor_parallel_size,
+            max_model_len=max_model_len, block_size=block_size, gpu_memory_utilization=gpu_memory_utilization,
+            kv_cache_memory_bytes=kv_cache_memory_bytes, num_gpu_blocks_override=num_gpu_blocks_override,
+            max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, seed=seed, load_format=load_format,
+        )  # fmt: skip
+        self.config = resolve(EngineConfig(**{name: value for name, value in given.items() if value is not None}))
+        self.tokenizer = _tokenizer(self.config.model)
+        self._executor = LocalExecutor(self.config.worker_config(0))
+        self._scheduler = Scheduler(
+            SchedulerConfig(
+                num_blocks=self._executor.num_blocks,
+                block_size=self.config.block_size,
+                max_model_len=self.config.max_model_len,
+                max_num_seqs=self.config.max_num_seqs,
+                max_num_batched_tokens=self.config.max_num_batched_tokens,
+            )
+        )
+        self._engine = Engine(self._scheduler, self._executor)
+        self._num_requests = 0
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Continue every prompt; results come in the prompts' order. One `params` for all, or one per prompt.
+
+        Raises InvalidRequest before anything runs if any of them cannot be served."""
+        items: list[Prompt] = [prompts] if _is_one(prompts) else list(prompts)  # type: ignore[list-item, arg-type]
+        each = [params or SamplingParams()] * len(items) if not isinstance(params, Sequence) else list(params)
+        if len(each) != len(items):
+            raise InvalidRequest("params", f"{len(items)} prompts but {len(each)} SamplingParams; give one, or one each")
+        jobs = [self._job(item, param) for item, param in zip(items, each, strict=True)]
+        for job in jobs:
+            self._scheduler.add(job.request)
+        try:
+            self._run({job.request.request_id: job for job in jobs}, use_tqdm)
+        finally:
+            # After an interrupt nothing may be left behind for the next call.
+            for job in jobs:
+                self._scheduler.cancel(job.request.request_id)
+        return [job.output() for job in jobs]
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, str]] | Sequence[Sequence[Mapping[str, str]]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """As `generate`, for one conversation or several: lists of {"role": …, "content": …}."""
+        one = bool(messages) and isinstance(messages[0], Mapping)
+        conversations: Any = [messages] if one else messages
+        return self.generate([self._require_tokenizer().encode_chat(c) for c in conversations], params, use_tqdm)
+
+    def close(self) -> None:
+        """Free the model and end the other ranks' processes."""
+        self._executor.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """For looking in: counters, memory, audit()."""
+        return self._scheduler
+
+    def _job(self, prompt: Prompt, params: SamplingParams) -> _Job:
+        text, ids = self._encode(prompt)
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        if params.seed is None and self.config.seed is not None:
+            seed = _mix(self.config.seed, self._num_requests)
+        request = Request.checked(str(self._num_requests), ids, params, seed, self.config.limits)
+        if params.stop:
+            self._require_tokenizer()
+        self._num_requests += 1
+        return _Job(request, text, self.tokenizer)
+
+    def _encode(self, prompt: Prompt) -> tuple[str | None, Sequence[int]]:
+        inner: Any = prompt
+        if isinstance(prompt, Mapping):
+            inner = prompt["prompt_token_ids"] if "prompt_token_ids" in prompt else prompt["prompt"]
+        if isinstance(inner, str):
+            return inner, self._require_tokenizer().encode(inner)
+        return None, inner
+
+    def _require_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise TextError(f"{self.config.model} has no tokenizer: give token ids, and no stop strings")
+        return self.tokenizer
+
+    def _run(self, jobs: dict[str, _Job], use_tqdm: bool) -> None:
+        with tqdm(total=len(jobs), desc="requests", disable=not use_tqdm, dynamic_ncols=True) as bar:
+            tokens = 0
+            while self._scheduler.has_work:
+                events = self._engine.step()
+                tokens += len(events)
+                for event in events:
+                    job = jobs[event.sequence.request.request_id]
+                    if job.take(event):
+                        self._scheduler.cancel(job.request.request_id, event.sequence.index)
+                    bar.update(job.newly_done())
+                if events:
+                    bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-6):.1f} output tok/s", refresh=False)
+
+
+class _Job:
+    """A request on its way to a RequestOutput."""
+
+    def __init__(self, request: Request, prompt: str | None, tokenizer: Tokenizer | None) -> None:
+        self.request = request
+        self.prompt = prompt
+        self._tokenizer = tokenizer
+        params = request.params
+        self._samples = [CompletionOutput(index) for index in range(params.n)]
+        # Without stop strings the text is made once, at the end.
+        self._watchers = [_watcher(tokenizer, params, request.prompt_token_ids[-16:]) for _ in self._samples] if params.stop and tokenizer else []
+        if params.logprobs is not None:
+            for sample in self._samples:
+                sample.logprobs, sample.cumulative_logprob = [], 0.0
+        self._counted = False
+
+    def take(self, event: TokenEvent) -> bool:
+        """Note a token; True when a stop string ends a sample whose sequence would go on."""
+        sample = self._samples[event.sequence.index]
+        if event.finish_reason is FinishReason.ERROR:
+            raise FloatingPointError(f"request {self.request.request_id}: the model's logits were not numbers")
+        sample.token_ids.append(event.token_id)
+        if event.logprobs is not None:
+            self._note_logprobs(sample, event.logprobs)
+        if self._watchers and self._stopped_by_string(sample, event.token_id):
+            sample.finish_reason = "stop"
+            return event.finish_reason is None
+        if event.finish_reason is not None:
+            sample.finish_reason = event.finish_reason.value
+            if event.finish_reason is FinishReason.STOP and event.token_id in self.request.params.stop_token_ids:
+                sample.stop_reason = event.token_id
+        return False
+
+    def newly_done(self) -> int:
+        """1 once, when all samples have ended."""
+        if self._counted or any(sample.finish_reason is None for sample in self._samples):
+            return 0
+        self._counted = True
+        return 1
+
+    def output(self) -> RequestOutput:
+        for sample in self._samples:
+            if self._watchers:
+                if sample.stop_reason is None or isinstance(sample.stop_reason, int):
+                    detokenizer, stops = self._watchers[sample.index]
+                    sample.text += stops.feed(detokenizer.flush())[0] + stops.flush()
+            elif self._tokenizer is not None:
+                sample.text = self._tokenizer.decode(sample.token_ids, self.request.params.skip_special_tokens)
+        return RequestOutput(
+            self.request.request_id, self.prompt, list(self.request.prompt_token_ids), self._samples
+        )
+
+    def _stopped_by_string(self, sample: CompletionOutput, token: int) -> bool:
+        detokenizer, stops = self._watchers[sample.index]
+        text, stop = stops.feed(detokenizer.feed([token]))
+        sample.text += text
+        sample.stop_reason = stop
+        return stop is not None
+
+    def _note_logprobs(self, sample: CompletionOutput, logprobs: Logprobs) -> None:
+        assert sample.logprobs is not None and sample.cumulative_logprob is not None
+        entries: dict[int, Logprob] = {}
+        ranks = [logprobs.rank, *range(1, len(logprobs.token_ids))]
+        for token, value, rank in zip(logprobs.token_ids, logprobs.values, ranks, strict=True):
+            decoded = self._tokenizer.decode([token], False) if self._tokenizer else None
+            entries.setdefault(token, Logprob(value, rank, decoded))
+        sample.logprobs.append(entries)
+        sample.cumulative_logprob += logprobs.values[0]
+
+
+def _watcher(tokenizer: Tokenizer, params: SamplingParams, context: Sequence[int]) -> tuple[Detokenizer, StopStrings]:
+    return (
+        Detokenizer(tokenizer, params.skip_special_tokens, context),
+        StopStrings(params.stop, params.include_stop_str_in_output),
+    )
+
+
+def _tokenizer(folder: str) -> Tokenizer | None:
+    try:
+        return Tokenizer.from_pretrained(folder)
+    except NoTokenizerError:
+        return None
+
+
+def _is_one(prompts: Any) -> bool:
+    return isinstance(prompts, (str, Mapping)) or (bool(prompts) and isinstance(prompts[0], int))
+
+
+def _mix(seed: int, number: int) -> int:
+    """A seed for the number-th request: splitmix64's finalizer."""
+    mask = (1 << 64) - 1
+    value = (seed * 0x9E3779B97F4A7C15 + number * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) & mask
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & mask
+    return value ^ (value >> 31)

@@ -1,0 +1,106 @@
+"""The same engine in one process, without Ray and without gRPC: for the offline API, tests and benchmarks.
+
+With more than one rank, rank 0 stays here and each other rank is a child process that is fed the same bytes through a
+pipe.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+from multiprocessing.connection import Connection
+
+from quire.cluster import wire
+from quire.protos import worker_pb2
+from quire.scheduler.plan import StepPlan, StepResult
+from quire.worker.config import WorkerConfig
+
+
+class LocalExecutor:
+    """An `Executor` whose plans have run when submit() returns."""
+
+    def __init__(self, config: WorkerConfig, progress: Callable[[int, int], None] | None = None) -> None:
+        """Loads the model, sizes the pool and warms up. Raises ModelError for a model that cannot be served."""
+        # The lazy import that keeps torch out of every process that computes nothing.
+        from quire.worker.parallel import TensorParallel
+        from quire.worker.runner import Runner
+
+        self._results: deque[StepResult] = deque()
+        with tempfile.TemporaryDirectory() as folder:
+            init_method = f"file://{folder}/rendezvous"
+            size = config.tensor_parallel_size
+            self._peers = [_Peer(replace(config, rank=rank), init_method) for rank in range(1, size)]
+            self._parallel = TensorParallel.start(0, size, init_method, config.device)
+            self._runner = Runner(replace(config, rank=0), self._parallel)
+            self._runner.load(progress)
+            capacities = [self._runner.measure(), *(peer.receive_int() for peer in self._peers)]
+        self.num_blocks = min(capacities)
+        for peer in self._peers:
+            peer.send(self.num_blocks.to_bytes(8, "little"))
+        self._runner.allocate(self.num_blocks)
+        self._runner.warm_up()
+
+    def submit(self, plan: StepPlan) -> None:
+        message = wire.encode_plan(plan, epoch=1)
+        if self._peers:
+            payload = message.SerializeToString()
+            for peer in self._peers:
+                peer.send(payload)
+        self._results.append(wire.decode_report(self._runner.run(message)))
+
+    def collect(self) -> StepResult:
+        return self._results.popleft()
+
+    def close(self) -> None:
+        for peer in self._peers:
+            peer.close()
+        self._parallel.close()
+
+
+class _Peer:
+    """One further rank in a child process."""
+
+    def __init__(self, config: WorkerConfig, init_method: str) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(
+            target=_serve_rank, args=(config, init_method, theirs), name=f"quire-rank-{config.rank}", daemon=True
+        )
+        self._process.start()
+        theirs.close()
+
+    def send(self, payload: bytes) -> None:
+        self._pipe.send_bytes(payload)
+
+    def receive_int(self) -> int:
+        return int.from_bytes(self._pipe.recv_bytes(), "little")
+
+    def close(self) -> None:
+        self._pipe.close()
+        self._process.join(timeout=10)
+        if self._process.is_alive():
+            self._process.kill()
+
+
+def _serve_rank(config: WorkerConfig, init_method: str, pipe: Connection) -> None:
+    """A child's life: load, tell how many blocks fit, then run every plan until the pipe closes."""
+    from quire.worker.parallel import TensorParallel
+    from quire.worker.runner import Runner
+
+    parallel = TensorParallel.start(config.rank, config.tensor_parallel_size, init_method, config.device)
+    runner = Runner(config, parallel)
+    runner.load()
+    pipe.send_bytes(runner.measure().to_bytes(8, "little"))
+    try:
+        runner.allocate(int.from_bytes(pipe.recv_bytes(), "little"))
+        runner.warm_up()
+        while True:
+            runner.run(worker_pb2.StepPlan.FromString(pipe.recv_bytes()))
+    except (EOFError, ConnectionError):
+        os._exit(0)  # the parent has gone or closed: nothing is left to be torn down in order
+
+

@@ -1,0 +1,163 @@
+"""The only file that knows both vocabularies: the scheduler's values and the wire's messages.
+
+Integer arrays travel as packed little-endian int32. A plan is encoded once for all ranks; what differs between them, the
+incarnation, is appended: concatenated protobuf messages are one message.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable
+
+from quire.protos import generation_pb2, worker_pb2
+from quire.scheduler.params import SamplingParams
+from quire.scheduler.plan import Admission, Logprobs, StepPlan, StepResult, TokenEvent
+from quire.scheduler.sequence import FinishReason
+from quire.scheduler.stats import Counters, MemoryUse
+
+FINISH_REASONS = {
+    FinishReason.STOP: generation_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: generation_pb2.FINISH_REASON_LENGTH,
+}
+
+_SCALARS = (
+    "n", "max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty",
+    "presence_penalty", "frequency_penalty", "seed", "ignore_eos", "logprobs",
+    "include_stop_str_in_output", "skip_special_tokens",
+)  # fmt: skip
+
+
+def pack(values: Iterable[int]) -> bytes:
+    return array("i", values).tobytes()
+
+
+def pack_floats(values: Iterable[float]) -> bytes:
+    return array("f", values).tobytes()
+
+
+def unpack(data: bytes) -> tuple[int, ...]:
+    return tuple(memoryview(data).cast("i"))
+
+
+def unpack_floats(data: bytes) -> tuple[float, ...]:
+    return tuple(memoryview(data).cast("f"))
+
+
+# -- to and from workers -----------------------------------------------------------------------------------------------
+
+
+def encode_plan(plan: StepPlan, epoch: int) -> worker_pb2.StepPlan:
+    return worker_pb2.StepPlan(
+        epoch=epoch,
+        step=plan.step,
+        retire_rows=pack(plan.retired),
+        admits=[_encode_admission(admission) for admission in plan.admitted],
+        extend_rows=pack(row for row, _ in plan.extended),
+        extend_blocks=pack(block for _, block in plan.extended),
+        rows=pack(plan.rows),
+        num_tokens=pack(plan.num_tokens),
+    )
+
+
+def incarnation_suffix(incarnation: int) -> bytes:
+    """What to append to an encoded plan to address it to one worker process."""
+    return worker_pb2.StepPlan(incarnation=incarnation).SerializeToString()
+
+
+def _encode_admission(admission: Admission) -> worker_pb2.Admit:
+    return worker_pb2.Admit(
+        row=admission.row,
+        token_ids=pack(admission.token_ids),
+        num_prompt_tokens=admission.num_prompt_tokens,
+        num_computed_tokens=admission.num_computed,
+        block_ids=pack(admission.block_ids),
+        sampling=_encode_sampling(admission),
+    )
+
+
+def _encode_sampling(admission: Admission) -> worker_pb2.Sampling:
+    params = admission.params
+    return worker_pb2.Sampling(
+        temperature=params.temperature,
+        top_k=params.top_k,
+        top_p=params.top_p,
+        min_p=params.min_p,
+        repetition_penalty=params.repetition_penalty,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        seed=admission.seed,
+        min_tokens=params.min_tokens,
+        stop_token_ids=pack(sorted(admission.stop_token_ids)) if params.min_tokens else b"",
+        bias_token_ids=pack(params.logit_bias.keys()),
+        bias_values=pack_floats(params.logit_bias.values()),
+        logprobs=params.logprobs,
+    )
+
+
+def decode_report(report: worker_pb2.StepReport) -> StepResult:
+    logprobs = {
+        entry.position: Logprobs(unpack(entry.token_ids), unpack_floats(entry.values), entry.sampled_rank)
+        for entry in report.logprobs
+    }
+    return StepResult(report.step, unpack(report.token_ids), logprobs)
+
+
+# -- to and from clients -----------------------------------------------------------------------------------------------
+
+
+def decode_sampling(message: generation_pb2.SamplingParams) -> SamplingParams:
+    """Raises InvalidRequest for a value out of range. What is absent takes its default; max_tokens: what fits."""
+    given = {name: getattr(message, name) for name in _SCALARS if message.HasField(name)}
+    given.setdefault("max_tokens", None)
+    return SamplingParams(
+        **given, stop=message.stop, stop_token_ids=message.stop_token_ids, logit_bias=dict(message.logit_bias)
+    )
+
+
+def encode_logprobs(logprobs: Logprobs) -> generation_pb2.TokenLogprobs:
+    candidates = [
+        generation_pb2.TokenLogprob(token_id=token, logprob=value)
+        for token, value in zip(logprobs.token_ids, logprobs.values, strict=True)
+    ]
+    return generation_pb2.TokenLogprobs(candidates=candidates, sampled_rank=logprobs.rank)
+
+
+def encode_output(index: int, seq: int, events: list[TokenEvent]) -> generation_pb2.GenerateResponse:
+    """Consecutive tokens of one sample in one message; `seq` is the position of the first."""
+    output = generation_pb2.Output(
+        index=index,
+        seq=seq,
+        token_ids=[event.token_id for event in events],
+        logprobs=[encode_logprobs(event.logprobs) for event in events if event.logprobs is not None],
+    )
+    return generation_pb2.GenerateResponse(output=output)
+
+
+def encode_finished(event: TokenEvent, seq: int) -> generation_pb2.GenerateResponse:
+    """The end of the sample that `event` belongs to, after `seq` tokens."""
+    assert event.finish_reason is not None
+    finished = generation_pb2.Finished(index=event.sequence.index, seq=seq, reason=FINISH_REASONS[event.finish_reason])
+    if event.finish_reason is FinishReason.STOP and event.token_id in event.sequence.request.params.stop_token_ids:
+        finished.stop_token_id = event.token_id
+    return generation_pb2.GenerateResponse(finished=finished)
+
+
+def encode_load(
+    counters: Counters, memory: MemoryUse, running: int, waiting: int, open_requests: int
+) -> generation_pb2.Load:
+    return generation_pb2.Load(
+        num_running=running,
+        num_waiting=waiting,
+        blocks_total=memory.blocks_total,
+        blocks_free=memory.blocks_free,
+        blocks_used=memory.blocks_used,
+        slots_filled=memory.slots_filled,
+        slots_reserved=memory.slots_reserved,
+        num_steps=counters.num_steps,
+        num_preemptions=counters.num_preemptions,
+        prompt_tokens=counters.prompt_tokens,
+        generation_tokens=counters.generation_tokens,
+        num_finished=counters.num_finished,
+        num_cancelled=counters.num_cancelled,
+        open_requests=open_requests,
+    )

@@ -1,0 +1,71 @@
+"""Tensor parallelism: which part of everything is this rank's, and the two collectives that put parts together.
+
+Passed to whoever needs it; with one rank every operation is the identity and no process group exists. All ranks
+issue the same collectives in the same order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from quire.worker.models.checkpoint import share
+
+TIMEOUT = timedelta(minutes=5)
+"""For a rank that never arrives; a late one is noticed by the controller long before."""
+
+
+@dataclass(slots=True)
+class TensorParallel:
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+
+    @classmethod
+    def single(cls) -> TensorParallel:
+        return cls()
+
+    @classmethod
+    def start(
+        cls, rank: int, size: int, init_method: str, device: torch.device | str, timeout: timedelta = TIMEOUT
+    ) -> TensorParallel:
+        """Joins the group; returns when all ranks have. `init_method` is the same address for all of them, such as
+        "tcp://host:port" or "file:///path"."""
+        if size == 1:
+            return cls.single()
+        device = torch.device(device)
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            init_method=init_method,
+            rank=rank,
+            world_size=size,
+            timeout=timeout,
+            device_id=device if device.type == "cuda" else None,
+        )
+        return cls(rank, size, dist.group.WORLD)
+
+    def split(self, n: int) -> tuple[int, int]:
+        """This rank's range (start, stop) of n items; shares may be uneven."""
+        return share(n, self.rank, self.size)
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(x, group=self.group)
+        return x
+
+    def all_gather(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        """Equal shapes of all ranks, concatenated along `dim`."""
+        if self.size == 1:
+            return x
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.size)]
+        dist.all_gather(parts, x.contiguous(), group=self.group)
+        return torch.cat(parts, dim)
+
+    def close(self) -> None:
+        if self.group is not None:
+            dist.destroy_process_group(self.group)
+            self.group = None
