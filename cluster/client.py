@@ -134,6 +134,8 @@ class Client:
                 f"no server answers at {self.target}: start one with `quire serve`, or name another with --url"
                 f" ({error.message})"
             )
+        if error.code == grpc.StatusCode.DEADLINE_EXCEEDED and error.reason is None:
+            error.message = "the time limit was over before the answer was complete: allow more with --timeout"
         return ServerError(error)
 
 

@@ -47,7 +47,8 @@ def serve(config: ServeConfig) -> int:
     progress = Progress(sys.stderr)
     engine = resolve(config.engine)
     _check_port(config.host, config.grpc_port)
-    with _signals() as stop, _ray(config.address, engine, progress):
+    # In this order: Ray installs handlers of its own when it starts.
+    with connection(config.address, engine.tensor_parallel_size, progress), _signals() as stop:
         replica = Replica(config, engine, progress)
         try:
             address = replica.start(stop)
@@ -77,8 +78,8 @@ class Replica:
     num_blocks: int = 0
     _token: str = field(default_factory=lambda: secrets.token_hex(16), repr=False)
     _group: PlacementGroup | None = None
-    _workers: list[Any] = field(default_factory=list)
-    _controller: Any = None
+    workers: list[Any] = field(default_factory=list)
+    controller: Any = None
     _gateway: Any = None
 
     def start(self, stop: Callable[[], bool]) -> str:
@@ -87,7 +88,7 @@ class Replica:
         self._create(self._group)
         addresses = self._start_workers(stop)
         controller = self._get(
-            self._controller.start.remote(
+            self.controller.start.remote(
                 self._controller_config(), self.engine.model_info(self.config, self.num_blocks), addresses, _epoch(), self._token
             ),
             stop,
@@ -96,7 +97,7 @@ class Replica:
 
     def wait(self, stop: Callable[[], bool]) -> str | None:
         """Returns None when a signal came, else why the replica failed."""
-        failure = self._controller.failure.remote()
+        failure = self.controller.failure.remote()
         gateway = self._gateway.failure.remote()
         while not stop():
             done, _ = ray.wait([failure, gateway], num_returns=1, timeout=0.2)
@@ -109,10 +110,10 @@ class Replica:
         timeout = self.config.drain_timeout
         if self._gateway is not None:
             _quietly(ray.get, self._gateway.stop.remote(timeout), timeout=timeout + 5)
-        if self._controller is not None:
-            _quietly(ray.get, self._controller.stop.remote(1.0), timeout=10)
-        _quietly(ray.get, [worker.stop.remote() for worker in self._workers], timeout=5)
-        for actor in (self._gateway, self._controller, *self._workers):
+        if self.controller is not None:
+            _quietly(ray.get, self.controller.stop.remote(1.0), timeout=10)
+        _quietly(ray.get, [worker.stop.remote() for worker in self.workers], timeout=5)
+        for actor in (self._gateway, self.controller, *self.workers):
             if actor is not None:
                 _quietly(ray.kill, actor)
         if self._group is not None:
@@ -133,9 +134,9 @@ class Replica:
 
     def _create(self, group: PlacementGroup) -> None:
         on_gpu = self.engine.device == "cuda"
-        self._controller = _actor(ControllerActor, group, 0).remote()
+        self.controller = _actor(ControllerActor, group, 0).remote()
         self._gateway = _actor(GatewayActor, group, 0).remote()
-        self._workers = [
+        self.workers = [
             _actor(WorkerActor, group, rank, num_cpus=1, num_gpus=1 if on_gpu else 0, max_concurrency=2).remote(
                 self.engine.worker_config(rank), self._token
             )
@@ -143,13 +144,13 @@ class Replica:
         ]
 
     def _start_workers(self, stop: Callable[[], bool]) -> list[WorkerAddress]:
-        self.progress.line(f"starting {len(self._workers)} worker(s)")
-        init_method = self._get(self._workers[0].rendezvous.remote(), stop)
-        loading = [worker.load.remote(init_method) for worker in self._workers]
+        self.progress.line(f"starting {len(self.workers)} worker(s)")
+        init_method = self._get(self.workers[0].rendezvous.remote(), stop)
+        loading = [worker.load.remote(init_method) for worker in self.workers]
         self._show_loading(loading, stop)
         self.num_blocks = min(self._get_all(loading, stop))
         self.progress.line(f"KV cache: {self.num_blocks} blocks of {self.engine.block_size} tokens")
-        serving = [worker.serve.remote(self.num_blocks) for worker in self._workers]
+        serving = [worker.serve.remote(self.num_blocks) for worker in self.workers]
         return self._get_all(serving, stop)
 
     def _show_loading(self, loading: list[Any], stop: Callable[[], bool]) -> None:
@@ -159,7 +160,7 @@ class Replica:
                 raise Stopped
             if not pending or any(_failed(ref) for ref in done):
                 return
-            self.progress.weights(*ray.get(self._workers[0].progress.remote()))
+            self.progress.weights(*ray.get(self.workers[0].progress.remote()))
 
     def _controller_config(self) -> ControllerConfig:
         engine = self.engine
@@ -202,7 +203,7 @@ class Replica:
 
 
 @contextmanager
-def _ray(address: str | None, engine: ResolvedEngine, progress: Progress) -> Iterator[None]:
+def connection(address: str | None, num_workers: int, progress: Progress) -> Iterator[None]:
     """A Ray to run on: the caller's own connection, the cluster at `address`, or a local one that lives as long as we do."""
     if ray.is_initialized():
         yield
@@ -210,7 +211,7 @@ def _ray(address: str | None, engine: ResolvedEngine, progress: Progress) -> Ite
     common: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": True, "logging_level": logging.ERROR}
     if address is None:
         progress.line("starting a local Ray")
-        cores = max(os.cpu_count() or 1, engine.tensor_parallel_size)
+        cores = max(os.cpu_count() or 1, num_workers)
         ray.init(
             **common, num_cpus=cores, include_dashboard=False, _node_ip_address="127.0.0.1", object_store_memory=100 << 20
         )

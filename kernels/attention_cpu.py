@@ -9,6 +9,9 @@ The threads are those of torch's own OpenMP pool. numba's would be a second pool
 cores between its turns. Compilation happens at the first use of an element type and is cached on disk where possible.
 """
 
+# mypy: disable-error-code="call-arg, attr-defined, unreachable, import-untyped"
+# numba's decorators change what mypy believes to see.
+
 from __future__ import annotations
 
 import ctypes

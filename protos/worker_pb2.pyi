@@ -93,16 +93,16 @@ class StepReport(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., incarnation: _Optional[int] = ..., step: _Optional[int] = ..., rank: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., logprobs: _Optional[_Iterable[_Union[RowLogprobs, _Mapping]]] = ..., busy_us: _Optional[int] = ...) -> None: ...
 
 class RowLogprobs(_message.Message):
-    __slots__ = ("row", "token_ids", "values", "sampled_rank")
-    ROW_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("position", "token_ids", "values", "sampled_rank")
+    POSITION_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     VALUES_FIELD_NUMBER: _ClassVar[int]
     SAMPLED_RANK_FIELD_NUMBER: _ClassVar[int]
-    row: int
+    position: int
     token_ids: bytes
     values: bytes
     sampled_rank: int
-    def __init__(self, row: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., values: _Optional[bytes] = ..., sampled_rank: _Optional[int] = ...) -> None: ...
+    def __init__(self, position: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., values: _Optional[bytes] = ..., sampled_rank: _Optional[int] = ...) -> None: ...
 
 class DescribeRequest(_message.Message):
     __slots__ = ()

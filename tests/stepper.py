@@ -28,7 +28,7 @@ class Stepper:
         self.tables: dict[int, list[int]] = {}
 
     def step(self, new: dict[int, Sequence[int]], sample: str = "last") -> torch.Tensor:
-        """Appends tokens to sequences and returns logits [S, vocab]: of each sequence's last token, or of "all"."""
+        """Appends tokens to sequences and returns logits [S, vocab]: of each one's last token, of "all" or "none"."""
         starts, lengths, positions, slots, ids = [0], [], [], [], []
         for row, tokens in new.items():
             known, table = self.tokens.setdefault(row, []), self.tables.setdefault(row, [])
@@ -44,7 +44,7 @@ class Stepper:
         width = max(len(self.tables[row]) for row in new) + 2
         # Entries past the end are arbitrary: out of range, here.
         tables = [(self.tables[row] + [10**6] * width)[:width] for row in new]
-        index = np.arange(len(ids)) if sample == "all" else np.array(starts[1:]) - 1
+        index = {"all": range(len(ids)), "last": [start - 1 for start in starts[1:]], "none": []}[sample]
         batch = Batch(
             token_ids=torch.tensor(ids),
             positions=torch.tensor(positions),
@@ -52,6 +52,6 @@ class Stepper:
             query_starts=np.array(starts, np.int32),
             seq_lens=np.array(lengths, np.int32),
             block_tables=torch.tensor(tables, dtype=torch.int32),
-            sample_index=torch.tensor(index),
+            sample_index=torch.tensor(index, dtype=torch.int64),
         )
         return self.model.logits(self.model(batch, self.pool))

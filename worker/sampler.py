@@ -142,7 +142,7 @@ class Sampler:
             penalties = _penalties(settings[asking], asking, tokens, num_prompt[asking], num_known[asking])
         tokens = sample(logits, columns, entries, penalties)
         asking = np.flatnonzero(needs & SCORED)
-        return tokens, _score(logits, tokens, rows, asking, settings["logprobs"][asking]) if asking.size else []
+        return tokens, _score(logits, tokens, asking, settings["logprobs"][asking]) if asking.size else []
 
     def _entries(self, rows: np.ndarray, settings: np.ndarray, num_output: np.ndarray) -> Entries | None:
         """Biases and, before a row has min_tokens of output, its stop tokens at -inf."""
@@ -174,14 +174,14 @@ def _penalties(
 
 
 def _score(
-    logits: torch.Tensor, tokens: torch.Tensor, rows: np.ndarray, asking: np.ndarray, counts: np.ndarray
+    logits: torch.Tensor, tokens: torch.Tensor, asking: np.ndarray, counts: np.ndarray
 ) -> list[worker_pb2.RowLogprobs]:
     index = torch.from_numpy(asking).to(logits.device)
     scores = log_probabilities(logits[index], tokens[index], int(counts.max()))
     ids, values, ranks = (part.cpu().numpy() for part in scores)
     return [
         worker_pb2.RowLogprobs(
-            row=int(rows[i]),
+            position=int(i),
             token_ids=ids[j, : 1 + count].astype("<i4").tobytes(),
             values=values[j, : 1 + count].astype("<f4").tobytes(),
             sampled_rank=int(ranks[j]),

@@ -134,6 +134,12 @@ def test_unreachable_server(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"no server answers at 127.0.0.1:{port}: start one with `quire serve`" in one_line(capsys)
 
 
+def test_time_limit(server: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["generate", "hang", "--url", server.url, "--timeout", "0.2"]) == 1
+    out, err = capsys.readouterr()
+    assert out == "hang " and err.startswith("quire: the time limit was over") and err.count("\n") == 1
+
+
 def test_values_that_the_wire_cannot_carry(server: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["generate", "hi", "--url", server.url, "--top-k", str(2**40)]) == 2
     assert "this cannot be sent" in one_line(capsys)

@@ -136,3 +136,43 @@ def test_equals_transformers(name: str, make_model: MakeModel) -> None:
             at += size
         torch.testing.assert_close(torch.cat(got_long), want_long, atol=1e-4, rtol=0)
         torch.testing.assert_close(torch.cat(got_short), want_short[:at], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["llama-mha-tied", "qwen3", "opt-post-norm-projected"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_stays_near_float32(name: str, dtype: str, make_model: MakeModel) -> None:
+    folder, reference = make_model(CONFIGS[name]())
+    tokens = prompt(40, 3)
+    stepper = Stepper(load(folder, dtype=dtype))
+    steps = [tokens[:30], *([token] for token in tokens[30:])]
+    got = torch.cat([stepper.step({0: step}, sample="all") for step in steps])
+    assert got.dtype == torch.float32
+    # Measured against transformers in the same type: the order of roundings differs, their size does not.
+    with torch.no_grad():
+        half = reference.to(getattr(torch, dtype))(torch.tensor([tokens])).logits[0]
+        want = reference.float()(torch.tensor([tokens])).logits[0]
+    assert (log_probs(got) - log_probs(want)).abs().mean() < 2 * (log_probs(half) - log_probs(want)).abs().mean() + 1e-3
+
+
+def test_only_the_sampling_tokens_come_back(make_model: MakeModel) -> None:
+    folder, _ = make_model(CONFIGS["llama-gqa"]())
+    model = load(folder)
+    every = Stepper(model).step({0: prompt(20, 1), 1: prompt(9, 2)}, sample="all")
+    last = Stepper(model).step({0: prompt(20, 1), 1: prompt(9, 2)})
+    torch.testing.assert_close(last, every[[19, 28]])
+
+
+def test_a_step_in_which_nothing_samples(make_model: MakeModel) -> None:
+    folder, _ = make_model(CONFIGS["llama-gqa"]())
+    model, tokens = load(folder), prompt(20, 1)
+    stepper = Stepper(model)
+    assert stepper.step({0: tokens[:12]}, sample="none").shape == (0, 199)
+    torch.testing.assert_close(stepper.step({0: tokens[12:]}), Stepper(model).step({0: tokens}))
+
+
+def test_a_shorter_rotary_table_changes_nothing(make_model: MakeModel) -> None:
+    folder, _ = make_model(CONFIGS["llama3-rope"]())
+    short, long = load(folder, max_model_len=32), load(folder, max_model_len=10**6)
+    assert short.cos_sin is not None and len(short.cos_sin) == 32
+    assert long.cos_sin is not None and len(long.cos_sin) == 256
+    assert torch.equal(Stepper(short).step({0: prompt(32, 1)}), Stepper(long).step({0: prompt(32, 1)}))

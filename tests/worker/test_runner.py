@@ -256,7 +256,7 @@ def test_log_probabilities_of_the_rows_that_ask():
     natural = expected_tokens([1, 2], 1)[0]
     assert tokens(report) == [natural] * 3
     first, second = report.logprobs
-    assert (first.row, second.row) == (2, 1)
+    assert (first.position, second.position) == (0, 2)
     assert unpacked(first.token_ids) == [natural, natural, 17]
     # Before temperature, after bias: e^30 against e^29, and nothing else that counts.
     np.testing.assert_allclose(np.exp(np.frombuffer(first.values, "<f4")), [0.731, 0.731, 0.269], atol=1e-3)

@@ -335,9 +335,8 @@ def answered(model: Model, tokenizer: Tokenizer, examples: list[stories.Example]
 def token_distance(tokenizer: Tokenizer, example: stories.Example) -> int:
     """Tokens between the end of the fact and the start of the question."""
     after = example.prompt.split(example.fact, 1)[1]
-    return len(tokenizer.encode(after, add_special_tokens=False).ids) - len(
-        tokenizer.encode(after[after.rindex(". ") + 1 :], add_special_tokens=False).ids
-    )
+    between = after[: after.rfind(". ") + 1]
+    return len(tokenizer.encode(between, add_special_tokens=False).ids)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from quire.worker.layers.embedding import Head, PositionEmbedding, TokenEmbeddin
 from quire.worker.layers.linear import Linear
 from quire.worker.layers.mlp import MLP
 from quire.worker.layers.norm import make_norm
-from quire.worker.models.checkpoint import kv_head_share
+from quire.worker.models.checkpoint import bytes_by_group, kv_head_share
 from quire.worker.models.rope import rotary_table
 from quire.worker.models.spec import ModelSpec
 from quire.worker.parallel import TensorParallel
@@ -73,6 +73,8 @@ class Decoder(nn.Module):
         device = torch.device(device)
         hidden, width = spec.hidden_size, spec.embedding_size
         self.spec = spec
+        self.weight_bytes = sum(bytes_by_group(spec, str(dtype).removeprefix("torch."), tp.rank, tp.size).values())
+        """Of this rank; a tied head counts once."""
         self.num_local_kv_heads = len(range(*kv_head_share(spec.num_kv_heads, tp.rank, tp.size)))
         self.embedding = TokenEmbedding(spec.vocab_size, width, tp, dtype, device)
         self.positions = self.cos_sin = None
@@ -91,10 +93,11 @@ class Decoder(nn.Module):
         tied = self.embedding.weight if spec.tied_head else None
         self.head = Head(spec.vocab_size, width, tp, dtype, device, tied)
 
-    @property
-    def weight_bytes(self) -> int:
-        """Of this rank; a tied head counts once."""
-        return sum(parameter.numel() * parameter.element_size() for parameter in self.parameters())
+    def pack(self) -> None:
+        """After filling: lays weights out for the device's fastest products."""
+        for module in self.modules():
+            if isinstance(module, Linear | Head):
+                module.pack()
 
     @torch.inference_mode()
     def forward(self, batch: Batch, kv: torch.Tensor) -> torch.Tensor:
@@ -115,7 +118,8 @@ class Decoder(nn.Module):
             delta, _ = self.norm.add(delta, residual)
         elif residual is not None:
             delta = delta + residual
-        return delta
+        hidden: torch.Tensor = delta
+        return hidden
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
