@@ -15,7 +15,7 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import grpc
 
@@ -25,7 +25,7 @@ from quire.cluster.executor import GrpcExecutor, WorkerAddress, WorkerLost
 from quire.cluster.servers import Context
 from quire.protos import generation_pb2, generation_pb2_grpc
 from quire.scheduler.config import SchedulerConfig
-from quire.scheduler.engine import Engine
+from quire.scheduler.engine import Engine, Executor
 from quire.scheduler.params import InvalidRequest, QueueFull
 from quire.scheduler.plan import TokenEvent
 from quire.scheduler.request import ModelLimits, Request
@@ -49,13 +49,22 @@ class ControllerConfig:
     """Plans under way beyond the one whose result is awaited."""
 
 
+class RemoteExecutor(Executor, Protocol):
+    """An executor whose workers can be lost between steps."""
+
+    def check(self) -> None:
+        """Raises WorkerLost if a worker was lost while nothing was awaited."""
+
+    def close(self) -> None: ...
+
+
 class EngineThread:
     """Runs the engine; everything that touches the scheduler runs here."""
 
     def __init__(
         self,
         engine: Engine,
-        executor: GrpcExecutor,
+        executor: RemoteExecutor,
         on_events: Callable[[list[TokenEvent]], None],
         on_failure: Callable[[Exception], None],
     ) -> None:
@@ -193,19 +202,27 @@ class Controller(generation_pb2_grpc.GenerationServicer):
 
     def connect(self, workers: list[WorkerAddress], epoch: int, token: str) -> None:
         """Take charge of the workers and start the loop."""
-        self._loop = asyncio.get_running_loop()
-        self._scheduler = Scheduler(self.config.scheduler)
-        self._executor = GrpcExecutor(
-            workers, epoch, token, self.config.step_timeout, on_loss=lambda: self._thread.wake()
+        self.attach(
+            GrpcExecutor(workers, epoch, token, self.config.step_timeout, on_loss=lambda: self._thread.wake())
         )
+
+    def attach(self, executor: RemoteExecutor) -> None:
+        """Start the loop over an executor, which is this controller's from now on."""
+        self._loop = asyncio.get_running_loop()
+        self._executor = executor
         self._thread = EngineThread(
-            Engine(self._scheduler, self._executor, self.config.run_ahead),
-            self._executor,
+            Engine(Scheduler(self.config.scheduler), executor, self.config.run_ahead),
+            executor,
             on_events=lambda events: self._post(self._dispatch, events),
             on_failure=lambda error: self._post(self._fail, error),
         )
         self._thread.start()
         self._refusal = None
+
+    @property
+    def num_open(self) -> int:
+        """Requests whose stream is open."""
+        return len(self._streams)
 
     async def drain(self, timeout: float) -> None:
         """Accept nothing new, let the open requests finish, end those that have not after `timeout` seconds."""

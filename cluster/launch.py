@@ -76,6 +76,7 @@ class Replica:
     engine: ResolvedEngine
     progress: Progress
     num_blocks: int = 0
+    addresses: list[WorkerAddress] = field(default_factory=list)
     _token: str = field(default_factory=lambda: secrets.token_hex(16), repr=False)
     _group: PlacementGroup | None = None
     workers: list[Any] = field(default_factory=list)
@@ -86,10 +87,10 @@ class Replica:
         """Returns the public address. Raises LaunchError, or Stopped when a signal comes first."""
         self._group = self._place(stop)
         self._create(self._group)
-        addresses = self._start_workers(stop)
+        self.addresses = self._start_workers(stop)
         controller = self._get(
             self.controller.start.remote(
-                self._controller_config(), self.engine.model_info(self.config, self.num_blocks), addresses, _epoch(), self._token
+                self._controller_config(), self.engine.model_info(self.config, self.num_blocks), self.addresses, _epoch(), self._token
             ),
             stop,
         )

@@ -172,11 +172,11 @@ def _region(dtype: torch.dtype) -> Any:
 
     def body(address):  # type: ignore[no-untyped-def]
         arguments = carray(address, (18,), np.int64)
-        rows, heads, size, kv_heads, block_size, table_width, window = arguments[:7]
+        rows, heads, size, kv_heads, block_size, table_stride, window = arguments[:7]
         strides = arguments[7:11]
         q = carray(_pointer(arguments[11]), (rows, heads, size), np.float32)
         pool = carray(_pointer(arguments[12]), (1 << 60,), element)
-        tables = carray(_pointer(arguments[13]), (rows, table_width), np.int32)
+        tables = carray(_pointer(arguments[13]), (rows * table_stride,), np.int32)
         lengths = carray(_pointer(arguments[14]), (rows,), np.int32)
         out = carray(_pointer(arguments[15]), (arguments[17], heads, size), np.float32)
         sums = carray(_pointer(arguments[16]), (arguments[17], 2, heads), np.float32)
@@ -189,11 +189,12 @@ def _region(dtype: torch.dtype) -> Any:
         for row in range(rows):
             stop = np.int64(lengths[row])
             first = max(np.int64(0), stop - window)
+            table = tables[row * table_stride :]
             while first < stop:
                 last = min(stop, (first // SPLIT + 1) * SPLIT)
                 if before * _threads() // everything == _thread():
                     _attend(
-                        q[row], pool, strides, kv_heads, tables[row], first, last, scores,
+                        q[row], pool, strides, kv_heads, table, first, last, scores,
                         out[split], sums[split, 0], sums[split, 1],
                     )  # fmt: skip
                 before += last - first
@@ -233,10 +234,10 @@ def decode(
     scale: float,
     window: int | None,
 ) -> torch.Tensor:  # [B, Hq, D]
-    assert kv_layer.stride(-1) == 1 and block_tables.dtype == torch.int32
+    assert kv_layer.stride(-1) == 1
+    assert block_tables.dtype == torch.int32 and block_tables.stride(1) == 1
     rows, heads, size = q.shape
     lengths = np.ascontiguousarray(seq_lens, np.int32)
-    tables = block_tables.contiguous()
     visible = int(lengths.max()) if window is None else window
     first = np.maximum(lengths - visible, 0)
     counts = (lengths - 1) // SPLIT - first // SPLIT + 1
@@ -247,9 +248,9 @@ def decode(
     parallel = _parallel()
     arguments = np.array(
         [
-            rows, heads, size, kv_layer.shape[3], kv_layer.shape[2], tables.shape[1], visible,
+            rows, heads, size, kv_layer.shape[3], kv_layer.shape[2], block_tables.stride(0), visible,
             *kv_layer.stride()[:4],
-            scaled.data_ptr(), kv_layer.data_ptr(), tables.data_ptr(), lengths.ctypes.data, out.data_ptr(),
+            scaled.data_ptr(), kv_layer.data_ptr(), block_tables.data_ptr(), lengths.ctypes.data, out.data_ptr(),
             sums.data_ptr(), num_splits,
         ],
         np.int64,

@@ -63,7 +63,8 @@ class Scheduler:
         if request.request_id in self._requests:
             raise InvalidRequest("request_id", f"a request with id {request.request_id!r} is in progress already")
         if len(self.waiting) + request.params.n > self.config.max_num_waiting:
-            raise QueueFull(f"{len(self.waiting)} sequences wait already, the limit is {self.config.max_num_waiting}")
+            waiting, limit = len(self.waiting), self.config.max_num_waiting
+            raise QueueFull(f"{waiting} sequences wait, {request.params.n} more are too many: the limit is {limit}")
         sequences = [Sequence(request, index, self._num_arrived + index) for index in range(request.params.n)]
         self._num_arrived += len(sequences)
         self._requests[request.request_id] = sequences

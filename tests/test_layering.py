@@ -12,7 +12,7 @@ FOLDERS = ("cluster", "kernels", "protos", "scheduler", "worker")
 # What a folder may import, beside the standard library and itself.
 MAY_IMPORT = {
     "scheduler": set(),
-    "kernels": {"numba", "numpy", "torch", "triton"},
+    "kernels": {"llvmlite", "numba", "numpy", "torch", "triton"},
     "protos": {"google", "grpc"},
     "worker": {
         "quire.kernels", "quire.protos", "grpc", "grpc_health", "grpc_reflection", "google", "numpy", "safetensors",

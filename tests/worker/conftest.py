@@ -1,4 +1,4 @@
-"""Small random models of any family, saved as transformers saves them."""
+"""Small random models as fixtures, and one thread for all of these tests."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import random_models
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -19,29 +20,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def _build_model(config: PretrainedConfig, folder: Path) -> PreTrainedModel:
-    """Saved to `folder`. Every parameter is drawn anew, wide enough that logits vary by several units and that each
-    bias and norm weight matters."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            fan_in = parameter.shape[-1]
-            if "norm" in name and name.endswith("weight"):
-                parameter.copy_(1 + 0.3 * torch.randn_like(parameter))
-            elif parameter.dim() == 1:
-                parameter.normal_(std=0.3)
-            else:
-                parameter.normal_(std=0.3 if "embed" in name else 1.5 * fan_in**-0.5)
-    model.save_pretrained(folder)
-    return model
-
-
 @pytest.fixture
 def make_model(tmp_path: Path) -> Callable[[PretrainedConfig], tuple[Path, PreTrainedModel]]:
-    return lambda config: (tmp_path, _build_model(config, tmp_path))
+    return lambda config: (tmp_path, random_models.build_model(config, tmp_path))
 
 
 @pytest.fixture(scope="session")
 def build_model() -> Callable[[PretrainedConfig, Path], PreTrainedModel]:
-    return _build_model
+    return random_models.build_model

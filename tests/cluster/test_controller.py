@@ -1,0 +1,238 @@
+"""The controller over real gRPC, with workers that are told how long a step takes."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import pytest
+from fake_worker import VOCAB, FakeWorker, expected_output
+
+from quire.cluster import errors
+from quire.cluster.controller import Controller, ControllerConfig, EngineThread
+from quire.cluster.executor import WorkerAddress, WorkerLost
+from quire.cluster.servers import GenerationServer
+from quire.protos import generation_pb2 as pb
+from quire.protos import generation_pb2_grpc as pb_grpc
+from quire.protos.channel import WORKER_CHANNEL_OPTIONS, WORKER_SERVER_OPTIONS, bearer
+from quire.scheduler.config import SchedulerConfig
+from quire.scheduler.engine import Engine
+from quire.scheduler.plan import StepPlan, StepResult
+from quire.scheduler.request import ModelLimits
+from quire.scheduler.scheduler import Scheduler
+
+TOKEN = "secret"
+LIMITS = SchedulerConfig(
+    num_blocks=64, block_size=4, max_model_len=64, max_num_seqs=64, max_num_batched_tokens=256, max_num_waiting=80
+)
+
+
+class SteppedExecutor:
+    """A fake worker whose steps end when the test says so."""
+
+    def __init__(self) -> None:
+        self.worker = FakeWorker(LIMITS.num_blocks, LIMITS.block_size, LIMITS.max_num_seqs, LIMITS.max_num_batched_tokens)
+        self.permits = threading.Semaphore(0)
+        self.failure: Exception | None = None
+        self.free_running = False
+        self._plans: deque[StepPlan] = deque()
+
+    def submit(self, plan: StepPlan) -> None:
+        self._plans.append(plan)
+
+    def collect(self) -> StepResult:
+        if not self.free_running:
+            self.permits.acquire()
+        if self.failure is not None:
+            raise self.failure
+        return self.worker.run(self._plans.popleft())
+
+    def check(self) -> None:
+        if self.failure is not None:
+            raise self.failure
+
+    def run_freely(self) -> None:
+        self.free_running = True
+        self.permits.release()
+
+    def close(self) -> None:
+        self.run_freely()
+
+
+@asynccontextmanager
+async def serving(run_ahead: int = 1) -> AsyncIterator[tuple[Controller, SteppedExecutor, Any]]:
+    executor = SteppedExecutor()
+    config = ControllerConfig(LIMITS, ModelLimits(VOCAB, LIMITS.max_model_len), step_timeout=5, run_ahead=run_ahead)
+    controller = Controller(config, pb.ModelInfo(model="m"))
+    controller.attach(executor)
+    server = GenerationServer(
+        lambda s: pb_grpc.add_GenerationServicer_to_server(controller, s), WORKER_SERVER_OPTIONS, TOKEN
+    )
+    port = await server.start("127.0.0.1:0")
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=WORKER_CHANNEL_OPTIONS) as channel:
+        yield controller, executor, pb_grpc.GenerationStub(channel)
+    executor.run_freely()
+    await server.stop(0)
+    await controller.close()
+
+
+def request(prompt: list[int], name: str = "", **sampling: Any) -> pb.GenerateRequest:
+    return pb.GenerateRequest(
+        request_id=name, token_ids=pb.TokenIds(ids=prompt), sampling=pb.SamplingParams(**{"seed": 3, **sampling})
+    )
+
+
+def generate(stub: Any, *arguments: Any, timeout: float | None = None, **sampling: Any) -> Any:
+    return stub.Generate(request(*arguments, **sampling), timeout=timeout, metadata=bearer(TOKEN))
+
+
+async def read_all(call: Any) -> list[int]:
+    return [token async for message in call for token in message.output.token_ids]
+
+
+async def load_of(stub: Any) -> pb.Load:
+    return await stub.GetLoad(pb.GetLoadRequest(), metadata=bearer(TOKEN))
+
+
+async def until(condition: Any) -> None:
+    async with asyncio.timeout(10):
+        while not await condition():
+            await asyncio.sleep(0.005)
+
+
+def test_streams_bring_exactly_the_tokens_that_the_prompts_call_for():
+    async def scenario() -> None:
+        async with serving() as (controller, executor, stub):
+            executor.run_freely()
+            calls = [generate(stub, [i, i + 1, 2], max_tokens=20) for i in range(20)]
+            answers = await asyncio.gather(*(read_all(call) for call in calls))
+            assert answers == [expected_output([i, i + 1, 2], 3, 20) for i in range(20)]
+            await controller.audit()
+            load = await load_of(stub)
+            assert load.blocks_free == load.blocks_total == 64 and not load.open_requests
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("how", ["cancelled", "deadline"])
+@pytest.mark.parametrize("run_ahead", [0, 1])
+def test_blocks_are_free_at_most_two_steps_after_a_stream_ends(how, run_ahead):
+    """Half of 64 streams end while a step is under way; two steps later their blocks are back."""
+
+    async def scenario() -> None:
+        async with serving(run_ahead) as (controller, executor, stub):
+            calls = []
+            for i in range(64):
+                timeout = 0.5 if how == "deadline" and i % 2 else None
+                calls.append(generate(stub, [i % VOCAB], max_tokens=60, timeout=timeout))
+            readers = [asyncio.ensure_future(read_all(call)) for call in calls]
+            await until(lambda: open_streams_are(controller, 64))
+            for call in calls[1::2] if how == "cancelled" else []:
+                call.cancel()
+            await until(lambda: open_streams_are(controller, 32))
+            asking = asyncio.ensure_future(load_of(stub))  # answered between two steps
+            load = await within_steps(2, executor, asking)
+            assert load.num_running + load.num_waiting == 32 and load.num_cancelled == 32
+            assert load.blocks_used <= 32
+            executor.run_freely()
+            ended = await asyncio.gather(*readers, return_exceptions=True)
+            assert [len(tokens) for tokens in ended[::2]] == [60] * 32
+            code = grpc.StatusCode.DEADLINE_EXCEEDED if how == "deadline" else grpc.StatusCode.CANCELLED
+            assert all(_code(error) is code for error in ended[1::2])
+            await controller.audit()
+
+    asyncio.run(scenario())
+
+
+async def open_streams_are(controller: Controller, count: int) -> bool:
+    return controller.num_open == count
+
+
+async def within_steps(limit: int, executor: SteppedExecutor, asking: asyncio.Future[pb.Load]) -> pb.Load:
+    """The answer, letting at most `limit` steps end."""
+    for _ in range(limit):
+        await asyncio.wait([asking], timeout=0.5)
+        executor.permits.release()
+    return await asyncio.wait_for(asking, 5)
+
+
+def _code(error: Any) -> grpc.StatusCode:
+    return grpc.StatusCode.CANCELLED if isinstance(error, asyncio.CancelledError) else error.code()
+
+
+def test_a_lost_worker_ends_every_stream_and_is_named_to_newcomers():
+    async def scenario() -> None:
+        async with serving() as (controller, executor, stub):
+            calls = [generate(stub, [i], max_tokens=50) for i in range(8)]
+            readers = [asyncio.ensure_future(read_all(call)) for call in calls]
+            await until(lambda: open_streams_are(controller, 8))
+            executor.failure = WorkerLost(WorkerAddress(1, "t", 5, "node-a", 77), "is gone: Socket closed")
+            executor.run_freely()
+            for error in await asyncio.gather(*readers, return_exceptions=True):
+                assert error.code() is grpc.StatusCode.UNAVAILABLE
+                assert "worker rank 1 (process 77 on node-a) is gone" in error.details()
+            with pytest.raises(grpc.aio.AioRpcError, match="worker rank 1"):
+                await read_all(generate(stub, [1]))
+            assert "worker rank 1" in await controller.failure()
+            assert (await load_of(stub)).blocks_used == 0  # streams gone, blocks back: questions are still answered
+
+    asyncio.run(scenario())
+
+
+def test_a_full_queue_is_said_with_when_to_come_back():
+    async def scenario() -> None:
+        async with serving() as (_, executor, stub):
+            executor.run_freely()
+            neighbour = asyncio.ensure_future(read_all(generate(stub, [1], max_tokens=50)))
+            with pytest.raises(grpc.aio.AioRpcError) as refusal:
+                await read_all(generate(stub, [1], n=81))
+            error = errors.from_rpc_error(refusal.value)
+            assert (error.code, error.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL")
+            assert error.retry_after_s == 1 and "the limit is 80" in error.message
+            assert await neighbour == expected_output([1], 3, 50)
+
+    asyncio.run(scenario())
+
+
+def test_strangers_may_not_drive_the_controller():
+    async def scenario() -> None:
+        async with serving() as (_, _, stub):
+            with pytest.raises(grpc.aio.AioRpcError) as refusal:
+                await read_all(stub.Generate(request([1]), metadata=bearer("guess")))
+            assert refusal.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+    asyncio.run(scenario())
+
+
+def test_draining_lets_open_requests_finish_and_refuses_new_ones():
+    async def scenario() -> None:
+        async with serving() as (controller, executor, stub):
+            reader = asyncio.ensure_future(read_all(generate(stub, [1], max_tokens=30)))
+            await until(lambda: open_streams_are(controller, 1))
+            drained = asyncio.ensure_future(controller.drain(10))
+            await asyncio.sleep(0)
+            with pytest.raises(grpc.aio.AioRpcError, match="shutting down"):
+                await read_all(generate(stub, [2]))
+            executor.run_freely()
+            assert await reader == expected_output([1], 3, 30)
+            await drained
+
+    asyncio.run(scenario())
+
+
+def test_a_call_into_the_engine_hands_back_its_own_errors():
+    async def scenario() -> None:
+        engine = Engine(Scheduler(LIMITS), SteppedExecutor())
+        thread = EngineThread(engine, SteppedExecutor(), lambda events: None, lambda error: None)
+        thread.start()
+        with pytest.raises(ZeroDivisionError):
+            await thread.call(lambda scheduler: 1 // 0)
+        assert await thread.call(lambda scheduler: scheduler.num_requests) == 0
+        thread.stop()
+
+    asyncio.run(scenario())
