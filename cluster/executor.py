@@ -169,7 +169,7 @@ class GrpcExecutor:
         report = arrival.report
         if report.epoch == self._epoch and report.incarnation == arrival.worker.incarnation:
             # A report that nobody awaits, of an older epoch or another life, is dropped.
-            self._reports.setdefault(report.step, {})[report.rank] = report
+            self._reports.setdefault(report.step, {})[arrival.worker.rank] = report
 
     def _blame(self, first: _Arrival) -> WorkerLost:
         """The rank at fault: of failures that come together, the one whose process is gone."""

@@ -214,10 +214,11 @@ def connection(address: str | None, num_workers: int, progress: Progress) -> Ite
         progress.line("starting a local Ray")
         cores = max(os.cpu_count() or 1, num_workers)
         ray.init(
-            **common, num_cpus=cores, include_dashboard=False, _node_ip_address="127.0.0.1", object_store_memory=100 << 20
+            "local", **common, num_cpus=cores, include_dashboard=False, _node_ip_address="127.0.0.1", object_store_memory=100 << 20
         )
     else:
         progress.line(f"joining the Ray cluster at {address}")
+        _check_reachable(address)
         try:
             ray.init(address=address, **common)
         except (ConnectionError, RuntimeError) as error:
@@ -226,6 +227,20 @@ def connection(address: str | None, num_workers: int, progress: Progress) -> Ite
         yield
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself would try for a minute and print a line each second."""
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    if not port.isdigit() or "/" in host:
+        raise LaunchError(f"--address {address!r} is not HOST:PORT of a Ray head, such as 10.0.0.1:6379")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise LaunchError(f"no Ray cluster could be joined at {address!r}: {reason}") from error
 
 
 def _actor(kind: type, group: PlacementGroup, bundle: int, num_cpus: float = 0, **options: Any) -> Any:

@@ -1,4 +1,6 @@
-"""The offline API: a model in this process, prompts in, results out. Shapes are those that vLLM's users know.
+"""The offline API: a model in this process, prompts in, results out.
+
+Shapes are those that vLLM's users know:
 
     from quire.cluster.llm import LLM, SamplingParams
     outputs = LLM("path/to/model").generate(["Once upon a time"], SamplingParams(temperature=0, max_tokens=64))
@@ -7,8 +9,7 @@
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -102,16 +103,14 @@ class LLM:
         self.config = resolve(EngineConfig(**{name: value for name, value in given.items() if value is not None}))
         self.tokenizer = _tokenizer(self.config.model)
         self._executor = LocalExecutor(self.config.worker_config(0))
-        self._scheduler = Scheduler(
-            SchedulerConfig(
-                num_blocks=self._executor.num_blocks,
-                block_size=self.config.block_size,
-                max_model_len=self.config.max_model_len,
-                max_num_seqs=self.config.max_num_seqs,
-                max_num_batched_tokens=self.config.max_num_batched_tokens,
-            )
+        self._limits = SchedulerConfig(
+            num_blocks=self._executor.num_blocks,
+            block_size=self.config.block_size,
+            max_model_len=self.config.max_model_len,
+            max_num_seqs=self.config.max_num_seqs,
+            max_num_batched_tokens=self.config.max_num_batched_tokens,
         )
-        self._engine = Engine(self._scheduler, self._executor)
+        self._start_afresh()
         self._num_requests = 0
 
     def generate(
@@ -123,20 +122,7 @@ class LLM:
         """Continue every prompt; results come in the prompts' order. One `params` for all, or one per prompt.
 
         Raises InvalidRequest before anything runs if any of them cannot be served."""
-        items: list[Prompt] = [prompts] if _is_one(prompts) else list(prompts)  # type: ignore[list-item, arg-type]
-        each = [params or SamplingParams()] * len(items) if not isinstance(params, Sequence) else list(params)
-        if len(each) != len(items):
-            raise InvalidRequest("params", f"{len(items)} prompts but {len(each)} SamplingParams; give one, or one each")
-        jobs = [self._job(item, param) for item, param in zip(items, each, strict=True)]
-        for job in jobs:
-            self._scheduler.add(job.request)
-        try:
-            self._run({job.request.request_id: job for job in jobs}, use_tqdm)
-        finally:
-            # After an interrupt nothing may be left behind for the next call.
-            for job in jobs:
-                self._scheduler.cancel(job.request.request_id)
-        return [job.output() for job in jobs]
+        return self._serve(prompts, params, use_tqdm, in_text=True)
 
     def chat(
         self,
@@ -147,7 +133,8 @@ class LLM:
         """As `generate`, for one conversation or several: lists of {"role": …, "content": …}."""
         one = bool(messages) and isinstance(messages[0], Mapping)
         conversations: Any = [messages] if one else messages
-        return self.generate([self._require_tokenizer().encode_chat(c) for c in conversations], params, use_tqdm)
+        prompts = [self._require_tokenizer().encode_chat(conversation) for conversation in conversations]
+        return self._serve(prompts, params, use_tqdm, in_text=False)
 
     def close(self) -> None:
         """Free the model and end the other ranks' processes."""
@@ -156,7 +143,9 @@ class LLM:
     def __enter__(self) -> LLM:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     @property
@@ -164,23 +153,56 @@ class LLM:
         """For looking in: counters, memory, audit()."""
         return self._scheduler
 
-    def _job(self, prompt: Prompt, params: SamplingParams) -> _Job:
+    def _serve(self, prompts: Any, params: Any, use_tqdm: bool, in_text: bool) -> list[RequestOutput]:
+        """`in_text`: an output goes on where its prompt ends; otherwise it is a text of its own."""
+        items = _several(prompts)
+        each = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(items)
+        if len(each) != len(items):
+            raise InvalidRequest(
+                "params", f"{len(items)} prompts but {len(each)} SamplingParams; give one, or one each"
+            )
+        jobs = [self._job(item, param, in_text) for item, param in zip(items, each, strict=True)]
+        try:
+            for job in jobs:
+                self._scheduler.add(job.request)
+            self._run({job.request.request_id: job for job in jobs}, use_tqdm)
+        except BaseException:
+            # An interrupt can come in the middle of a step: nothing may be left behind for the next call.
+            self._start_afresh()
+            raise
+        return [job.output() for job in jobs]
+
+    def _start_afresh(self) -> None:
+        """Scheduler and worker without any sequence."""
+        self._executor.reset()
+        self._scheduler = Scheduler(self._limits)
+        self._engine = Engine(self._scheduler, self._executor)
+
+    def _job(self, prompt: Any, params: Any, in_text: bool) -> _Job:
+        if not isinstance(params, SamplingParams):
+            raise InvalidRequest("params", f"params must be SamplingParams, or a list of them, not {params!r:.80}")
         text, ids = self._encode(prompt)
-        seed = secrets.randbits(63) if params.seed is None else params.seed
-        if params.seed is None and self.config.seed is not None:
+        seed = params.seed
+        if seed is None:
             seed = _mix(self.config.seed, self._num_requests)
         request = Request.checked(str(self._num_requests), ids, params, seed, self.config.limits)
         if params.stop:
             self._require_tokenizer()
         self._num_requests += 1
-        return _Job(request, text, self.tokenizer)
+        return _Job(request, text, self.tokenizer, in_text)
 
-    def _encode(self, prompt: Prompt) -> tuple[str | None, Sequence[int]]:
-        inner: Any = prompt
+    def _encode(self, prompt: Any) -> tuple[str | None, Sequence[int]]:
+        inner = prompt
         if isinstance(prompt, Mapping):
-            inner = prompt["prompt_token_ids"] if "prompt_token_ids" in prompt else prompt["prompt"]
+            inner = prompt.get("prompt_token_ids", prompt.get("prompt"))
         if isinstance(inner, str):
             return inner, self._require_tokenizer().encode(inner)
+        if not _is_ids(inner):
+            raise InvalidRequest(
+                "prompt",
+                f"a prompt is text, a list of token ids, or one of them as {{'prompt': …}} or"
+                f" {{'prompt_token_ids': …}}, unlike {prompt!r:.80}",
+            )
         return None, inner
 
     def _require_tokenizer(self) -> Tokenizer:
@@ -200,20 +222,27 @@ class LLM:
                         self._scheduler.cancel(job.request.request_id, event.sequence.index)
                     bar.update(job.newly_done())
                 if events:
-                    bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-6):.1f} output tok/s", refresh=False)
+                    bar.set_postfix_str(
+                        f"{tokens / max(bar.format_dict['elapsed'], 1e-6):.1f} output tok/s", refresh=False
+                    )
 
 
 class _Job:
     """A request on its way to a RequestOutput."""
 
-    def __init__(self, request: Request, prompt: str | None, tokenizer: Tokenizer | None) -> None:
+    def __init__(self, request: Request, prompt: str | None, tokenizer: Tokenizer | None, in_text: bool) -> None:
         self.request = request
         self.prompt = prompt
         self._tokenizer = tokenizer
         params = request.params
         self._samples = [CompletionOutput(index) for index in range(params.n)]
+        # What decides about a space at the start.
+        self._context = request.prompt_token_ids[-16:] if in_text else ()
+        # A stop token, which is the last one, is no more part of the text than a stop string.
+        self._silent = frozenset() if params.include_stop_str_in_output else frozenset(params.stop_token_ids)
         # Without stop strings the text is made once, at the end.
-        self._watchers = [_watcher(tokenizer, params, request.prompt_token_ids[-16:]) for _ in self._samples] if params.stop and tokenizer else []
+        watched = self._samples if params.stop and tokenizer else []
+        self._watchers = [_watcher(tokenizer, params, self._context) for _ in watched] if tokenizer else []
         if params.logprobs is not None:
             for sample in self._samples:
                 sample.logprobs, sample.cumulative_logprob = [], 0.0
@@ -227,13 +256,14 @@ class _Job:
         sample.token_ids.append(event.token_id)
         if event.logprobs is not None:
             self._note_logprobs(sample, event.logprobs)
-        if self._watchers and self._stopped_by_string(sample, event.token_id):
-            sample.finish_reason = "stop"
-            return event.finish_reason is None
         if event.finish_reason is not None:
             sample.finish_reason = event.finish_reason.value
             if event.finish_reason is FinishReason.STOP and event.token_id in self.request.params.stop_token_ids:
                 sample.stop_reason = event.token_id
+        if self._watchers:
+            return self._watch(sample, event.token_id) and event.finish_reason is None
+        if event.finish_reason is not None and self._tokenizer is not None:
+            sample.text = self._whole_text(self._tokenizer, sample.token_ids)
         return False
 
     def newly_done(self) -> int:
@@ -244,30 +274,34 @@ class _Job:
         return 1
 
     def output(self) -> RequestOutput:
-        for sample in self._samples:
-            if self._watchers:
-                if sample.stop_reason is None or isinstance(sample.stop_reason, int):
-                    detokenizer, stops = self._watchers[sample.index]
-                    sample.text += stops.feed(detokenizer.flush())[0] + stops.flush()
-            elif self._tokenizer is not None:
-                sample.text = self._tokenizer.decode(sample.token_ids, self.request.params.skip_special_tokens)
-        return RequestOutput(
-            self.request.request_id, self.prompt, list(self.request.prompt_token_ids), self._samples
-        )
+        return RequestOutput(self.request.request_id, self.prompt, list(self.request.prompt_token_ids), self._samples)
 
-    def _stopped_by_string(self, sample: CompletionOutput, token: int) -> bool:
+    def _watch(self, sample: CompletionOutput, token: int) -> bool:
+        """Add the token's text; True when a stop string ends the sample."""
         detokenizer, stops = self._watchers[sample.index]
-        text, stop = stops.feed(detokenizer.feed([token]))
+        text, stop = "" if token in self._silent else detokenizer.feed([token]), None
+        if len(sample.token_ids) >= self.request.params.min_tokens:
+            text, stop = stops.feed(text)
         sample.text += text
-        sample.stop_reason = stop
+        if stop is None and sample.finish_reason is not None:
+            text, stop = stops.feed(detokenizer.flush())
+            sample.text += text + stops.flush()
+        if stop is not None:
+            sample.finish_reason, sample.stop_reason = "stop", stop
         return stop is not None
+
+    def _whole_text(self, tokenizer: Tokenizer, ids: list[int]) -> str:
+        context = () if tokenizer.is_byte_level else self._context
+        said = ids[:-1] if ids[-1] in self._silent else ids
+        skip = self.request.params.skip_special_tokens
+        return tokenizer.decode([*context, *said], skip)[len(tokenizer.decode(context, skip)) :]
 
     def _note_logprobs(self, sample: CompletionOutput, logprobs: Logprobs) -> None:
         assert sample.logprobs is not None and sample.cumulative_logprob is not None
         entries: dict[int, Logprob] = {}
         ranks = [logprobs.rank, *range(1, len(logprobs.token_ids))]
         for token, value, rank in zip(logprobs.token_ids, logprobs.values, ranks, strict=True):
-            decoded = self._tokenizer.decode([token], False) if self._tokenizer else None
+            decoded = self._tokenizer.token_text(token) if self._tokenizer else None
             entries.setdefault(token, Logprob(value, rank, decoded))
         sample.logprobs.append(entries)
         sample.cumulative_logprob += logprobs.values[0]
@@ -287,8 +321,18 @@ def _tokenizer(folder: str) -> Tokenizer | None:
         return None
 
 
-def _is_one(prompts: Any) -> bool:
-    return isinstance(prompts, (str, Mapping)) or (bool(prompts) and isinstance(prompts[0], int))
+def _several(prompts: Any) -> list[Any]:
+    """The prompts, of which one may be given by itself."""
+    if isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Iterable):
+        return [prompts]
+    several = list(prompts)
+    return [several] if several and isinstance(several[0], int) else several
+
+
+def _is_ids(value: Any) -> bool:
+    if not isinstance(value, Sequence) or isinstance(value, (bytes, bytearray)):
+        return False
+    return all(isinstance(token, int) for token in value)
 
 
 def _mix(seed: int, number: int) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import tempfile
 from collections import deque
 from collections.abc import Callable
@@ -18,6 +19,9 @@ from quire.cluster import wire
 from quire.protos import worker_pb2
 from quire.scheduler.plan import StepPlan, StepResult
 from quire.worker.config import WorkerConfig
+
+_RESET = b""
+"""In a plan's place; no plan is empty, as every one has a number."""
 
 
 class LocalExecutor:
@@ -43,17 +47,33 @@ class LocalExecutor:
             peer.send(self.num_blocks.to_bytes(8, "little"))
         self._runner.allocate(self.num_blocks)
         self._runner.warm_up()
+        self._is_mid_step = False
 
     def submit(self, plan: StepPlan) -> None:
+        if self._is_mid_step and self._peers:
+            raise RuntimeError("a step was interrupted while the ranks depended on each other; start them anew")
         message = wire.encode_plan(plan, epoch=1)
+        self._is_mid_step = True
         if self._peers:
             payload = message.SerializeToString()
             for peer in self._peers:
                 peer.send(payload)
-        self._results.append(wire.decode_report(self._runner.run(message)))
+        report = self._runner.run(message)
+        self._is_mid_step = False
+        self._results.append(wire.decode_report(report))
 
     def collect(self) -> StepResult:
         return self._results.popleft()
+
+    def reset(self) -> None:
+        """Forget all sequences. A step that an exception cut short is forgotten too, unless there are several ranks."""
+        self._results.clear()
+        self._runner.reset()
+        if not self._peers:
+            self._is_mid_step = False
+        elif not self._is_mid_step:
+            for peer in self._peers:
+                peer.send(_RESET)
 
     def close(self) -> None:
         for peer in self._peers:
@@ -91,6 +111,8 @@ def _serve_rank(config: WorkerConfig, init_method: str, pipe: Connection) -> Non
     from quire.worker.parallel import TensorParallel
     from quire.worker.runner import Runner
 
+    # Ctrl-C in a terminal reaches every process; what becomes of the ranks is for the first one to decide.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parallel = TensorParallel.start(config.rank, config.tensor_parallel_size, init_method, config.device)
     runner = Runner(config, parallel)
     runner.load()
@@ -99,8 +121,10 @@ def _serve_rank(config: WorkerConfig, init_method: str, pipe: Connection) -> Non
         runner.allocate(int.from_bytes(pipe.recv_bytes(), "little"))
         runner.warm_up()
         while True:
-            runner.run(worker_pb2.StepPlan.FromString(pipe.recv_bytes()))
+            payload = pipe.recv_bytes()
+            if payload == _RESET:
+                runner.reset()
+            else:
+                runner.run(worker_pb2.StepPlan.FromString(payload))
     except (EOFError, ConnectionError):
         os._exit(0)  # the parent has gone or closed: nothing is left to be torn down in order
-
-

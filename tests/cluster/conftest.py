@@ -46,3 +46,10 @@ def running_replica(**settings: Any) -> Iterator[tuple[Any, Client]]:
 def start_replica(ray_cluster: None) -> Iterator[StartReplica]:
     with ExitStack() as stack:
         yield lambda **settings: stack.enter_context(running_replica(**settings))
+
+
+@pytest.fixture
+def start_own_replica(ray_cluster: None) -> Iterator[StartReplica]:
+    """For a test that breaks its replica; the cluster has room for one replica of two workers at a time."""
+    with ExitStack() as stack:
+        yield lambda **settings: stack.enter_context(running_replica(**settings))

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import signal
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +27,7 @@ from transformers import (
 )
 
 from quire.cluster.llm import LLM, CompletionOutput, Prompt, RequestOutput, SamplingParams
+from quire.protos import worker_pb2
 from quire.scheduler.plan import StepPlan, StepResult, TokenEvent
 
 MAX_MODEL_LEN = 96
@@ -155,11 +159,12 @@ class Reference:
 
 
 def _reference(config: PretrainedConfig, folder: Path) -> Reference:
-    """A model whose end-of-sequence token is one that comes up early in some of the outputs."""
+    """A model whose end-of-sequence token is one that comes up in few of the outputs."""
     model = build_model(config, folder)
     model.generation_config.eos_token_id = None
     endless = [_clear(model, length) for length in LENGTHS]
-    eos = endless[2].tokens[9]
+    number = Counter(token for each in endless for token in set(each.tokens))
+    eos = min(number, key=lambda token: (number[token], token))
     model.generation_config.eos_token_id = eos
     model.generation_config.save_pretrained(folder)
     continuations = [_follow(model, each.prompt) for each in endless]
@@ -258,9 +263,17 @@ def test_two_ranks_give_the_tokens_of_one(kv_heads: int, tmp_path: Path, engine:
     """With a vocabulary and an intermediate size that two do not divide, and one KV head held by both."""
     reference = _reference(LlamaConfig(**SMALL | dict(num_key_value_heads=kv_heads, intermediate_size=71)), tmp_path)
     llm = engine(tmp_path, tensor_parallel_size=2, **TIGHT["blocks-of-8"])
-    assert [child.name for child in multiprocessing.active_children()] == ["quire-rank-1"]
+    (child,) = multiprocessing.active_children()
+    assert child.name == "quire-rank-1" and child.pid is not None
     _check(llm.generate(reference.prompts, GREEDY, use_tqdm=False), reference)
     assert llm.scheduler.counters.num_preemptions > 0
+    os.kill(child.pid, signal.SIGINT)  # as a terminal does with every process
+    _interrupt(llm, reference, before=False)
+    _check(llm.generate(reference.prompts, GREEDY, use_tqdm=False), reference)
+    # Where the other rank waits in the middle of a step, there is no way back.
+    _interrupt(llm, reference, before=False, mid_step=True)
+    with pytest.raises(RuntimeError, match="start them anew"):
+        llm.generate(reference.prompts, GREEDY, use_tqdm=False)
     llm.close()
     assert not multiprocessing.active_children()
 
@@ -341,7 +354,7 @@ def test_text_in_text_out(speaker: LLM) -> None:
     assert output.prompt == "The quick fox" and output.finished
     assert output.prompt_token_ids == tokenizer.encode("The quick fox")
     assert sample.index == 0 and len(sample.token_ids) == 40
-    assert sample.text == tokenizer.decode(sample.token_ids)
+    assert sample.text == tokenizer.decode(sample.token_ids, skip_special_tokens=True)
     assert (sample.finish_reason, sample.stop_reason) == ("length", None)
     assert sample.logprobs is None and sample.cumulative_logprob is None
 
@@ -400,7 +413,7 @@ def test_no_stop_string_counts_before_min_tokens(speaker: LLM) -> None:
 def test_a_stop_token_ends_the_output_and_is_no_part_of_the_text(speaker: LLM) -> None:
     assert speaker.tokenizer is not None
     whole = _one(speaker, "The quick fox", LONG)
-    stop = whole.token_ids[12]
+    stop = next(token for token in whole.token_ids[12:] if token not in whole.token_ids[:12] and token > 1)
     tokens = whole.token_ids[: whole.token_ids.index(stop) + 1]
     for extra in ({}, {"stop": "never so"}):
         sample = _one(speaker, "The quick fox", replace(LONG, stop_token_ids=[stop], **extra))
@@ -523,24 +536,37 @@ def test_without_a_tokenizer_there_are_tokens_but_no_text(reference: Reference, 
 @pytest.mark.parametrize("reference", ["llama-gqa-llama3-rope"], indirect=True)
 @pytest.mark.parametrize("before", [True, False], ids=["before-the-step", "after-the-step"])
 def test_after_an_interrupt_the_next_call_starts_afresh(
-    before: bool, reference: Reference, engine: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch
+    before: bool, reference: Reference, engine: Callable[..., LLM]
 ) -> None:
     llm = engine(reference.folder, **TIGHT["blocks-of-8"])
-    executor = llm._engine.executor
-    submit = executor.submit
+    _interrupt(llm, reference, before)
+    _check(llm.generate(reference.prompts, GREEDY, use_tqdm=False), reference)
 
-    def interrupted(plan: StepPlan) -> None:
-        if plan.step != 5 or not before:
+
+def _interrupt(llm: LLM, reference: Reference, before: bool, mid_step: bool = False) -> None:
+    """In the fifth step of a call."""
+    step, submit, run = llm.scheduler.counters.num_steps + 5, llm._executor.submit, llm._executor._runner.run
+
+    def interrupted_submit(plan: StepPlan) -> None:
+        if plan.step != step or not before:
             submit(plan)
-        if plan.step == 5:
+        if plan.step == step:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(executor, "submit", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        llm.generate(reference.prompts, GREEDY, use_tqdm=False)
+    def interrupted_run(plan: worker_pb2.StepPlan) -> worker_pb2.StepReport:
+        report = run(plan)
+        if plan.step == step:
+            raise KeyboardInterrupt
+        return report
+
+    with pytest.MonkeyPatch.context() as patch:
+        if mid_step:
+            patch.setattr(llm._executor._runner, "run", interrupted_run)
+        else:
+            patch.setattr(llm._executor, "submit", interrupted_submit)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(reference.prompts, GREEDY, use_tqdm=False)
     assert _is_empty(llm)
-    monkeypatch.undo()
-    _check(llm.generate(reference.prompts, GREEDY, use_tqdm=False), reference)
 
 
 # -- the bundled model -----------------------------------------------------------------------------------------------

@@ -27,8 +27,8 @@ STREAMS = 8
 
 
 @pytest.fixture
-def replica(start_replica: Any) -> Any:
-    return start_replica(tensor_parallel_size=2, max_num_seqs=STREAMS)
+def replica(start_own_replica: Any) -> Any:
+    return start_own_replica(tensor_parallel_size=2, max_num_seqs=STREAMS)
 
 
 def endless(client: Client) -> tuple[int, ServerError]:
