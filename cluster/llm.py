@@ -98,7 +98,8 @@ class LLM:
             model=model, device=device, dtype=dtype, tensor_parallel_size=tensor_parallel_size,
             max_model_len=max_model_len, block_size=block_size, gpu_memory_utilization=gpu_memory_utilization,
             kv_cache_memory_bytes=kv_cache_memory_bytes, num_gpu_blocks_override=num_gpu_blocks_override,
-            max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, seed=seed, load_format=load_format,
+            max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, seed=seed,
+            load_format=load_format,
         )  # fmt: skip
         self.config = resolve(EngineConfig(**{name: value for name, value in given.items() if value is not None}))
         self.tokenizer = _tokenizer(self.config.model)
