@@ -2,9 +2,9 @@
 
     python -m benchmarks.scheduler [--running 256] [--steps 1000]
 
-Every running sequence decodes one token per step; when one is full another takes its place, so that admissions, block
-allocation and ends are all part of the measure. Prints microseconds per step for the given number of running sequences and
-as that number grows.
+Every running sequence decodes one token per step; when one is full another takes its place, so that admissions,
+block allocation and ends are all part of the measure. Prints microseconds per step for the given number of running
+sequences and as that number grows.
 """
 
 from __future__ import annotations
@@ -88,7 +88,9 @@ def main() -> None:
     parser.add_argument("--running", type=int, default=256)
     parser.add_argument("--steps", type=int, default=1000)
     arguments = parser.parse_args()
-    print(f"{arguments.steps} steps each; microseconds, median (99th percentile); torch loaded: {'torch' in sys.modules}")
+    print(
+        f"{arguments.steps} steps each; microseconds, median (99th percentile); torch loaded: {'torch' in sys.modules}"
+    )
     print(f"{'running':>8} {'schedule':>18} {'apply':>18} {'step':>18} {'per sequence':>13}")
     for running in sorted({16, 64, 256, 1024, arguments.running}):
         plans, results = measure(running, arguments.steps)

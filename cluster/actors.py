@@ -68,7 +68,12 @@ class ControllerActor:
     """Scheduler, KV block manager and engine loop of one replica."""
 
     async def start(
-        self, config: ControllerConfig, info: generation_pb2.ModelInfo, workers: list[WorkerAddress], epoch: int, token: str
+        self,
+        config: ControllerConfig,
+        info: generation_pb2.ModelInfo,
+        workers: list[WorkerAddress],
+        epoch: int,
+        token: str,
     ) -> str:
         """Returns the address of its `Generation` service."""
         self._controller = Controller(config, info)

@@ -1,7 +1,7 @@
 """The controller: owns the scheduler and the engine's loop, and serves `Generation` for token ids.
 
-Two worlds meet here. The engine runs in a thread of its own and is the only one to touch the scheduler; the service runs
-in an asyncio loop. Into the engine go calls (`EngineThread.call`), out of it come events, one hand-over per step.
+Two worlds meet here. The engine runs in a thread of its own and is the only one to touch the scheduler; the service
+runs in an asyncio loop. Into the engine go calls (`EngineThread.call`), out of it come events, one hand-over per step.
 """
 
 from __future__ import annotations
@@ -202,9 +202,7 @@ class Controller(generation_pb2_grpc.GenerationServicer):
 
     def connect(self, workers: list[WorkerAddress], epoch: int, token: str) -> None:
         """Take charge of the workers and start the loop."""
-        self.attach(
-            GrpcExecutor(workers, epoch, token, self.config.step_timeout, on_loss=lambda: self._thread.wake())
-        )
+        self.attach(GrpcExecutor(workers, epoch, token, self.config.step_timeout, on_loss=lambda: self._thread.wake()))
 
     def attach(self, executor: RemoteExecutor) -> None:
         """Start the loop over an executor, which is this controller's from now on."""
@@ -246,7 +244,7 @@ class Controller(generation_pb2_grpc.GenerationServicer):
         """Raises AuditError when the books do not balance."""
         await self._thread.call(lambda scheduler: scheduler.audit())
 
-    # -- the service -----------------------------------------------------------------------------------------------
+    # -- the service
 
     async def Generate(
         self, request: generation_pb2.GenerateRequest, context: Context
@@ -265,9 +263,7 @@ class Controller(generation_pb2_grpc.GenerationServicer):
             # Reached however the stream ends: finished, failed, cancelled, past its deadline, reader gone.
             self._close(stream)
 
-    async def Abort(
-        self, request: generation_pb2.AbortRequest, context: Context
-    ) -> generation_pb2.AbortResponse:
+    async def Abort(self, request: generation_pb2.AbortRequest, context: Context) -> generation_pb2.AbortResponse:
         stream = self._streams.get(request.request_id)
         if stream is None:
             message = f"no request with id {request.request_id[:128]!r} is in progress"
@@ -280,9 +276,7 @@ class Controller(generation_pb2_grpc.GenerationServicer):
     ) -> generation_pb2.ModelInfo:
         return self.info
 
-    async def GetLoad(
-        self, request: generation_pb2.GetLoadRequest, context: Context
-    ) -> generation_pb2.Load:
+    async def GetLoad(self, request: generation_pb2.GetLoadRequest, context: Context) -> generation_pb2.Load:
         def read(scheduler: Scheduler) -> generation_pb2.Load:
             running, waiting = len(scheduler.running), len(scheduler.waiting)
             return wire.encode_load(scheduler.counters, scheduler.memory(), running, waiting, len(self._streams))
@@ -291,7 +285,7 @@ class Controller(generation_pb2_grpc.GenerationServicer):
             await errors.abort(context, self._refusal)
         return await self._thread.call(read)
 
-    # -- streams ---------------------------------------------------------------------------------------------------
+    # -- streams
 
     async def _open(self, message: generation_pb2.GenerateRequest) -> _Stream:
         if self._refusal is not None:
@@ -338,7 +332,7 @@ class Controller(generation_pb2_grpc.GenerationServicer):
         if not self._streams:
             self._idle.set()
 
-    # -- from the engine's thread ------------------------------------------------------------------------------------
+    # -- from the engine's thread
 
     def _post(self, function: Callable[..., None], *arguments: object) -> None:
         self._loop.call_soon_threadsafe(function, *arguments)
@@ -354,7 +348,9 @@ class Controller(generation_pb2_grpc.GenerationServicer):
             logger.error("%s", error)
             self._refusal = RequestError(grpc.StatusCode.UNAVAILABLE, str(error), reason="WORKER_LOST")
         else:
-            self._refusal = RequestError(grpc.StatusCode.INTERNAL, f"the engine failed: {error}", reason="ENGINE_FAILED")
+            self._refusal = RequestError(
+                grpc.StatusCode.INTERNAL, f"the engine failed: {error}", reason="ENGINE_FAILED"
+            )
         self._end_all(self._refusal)
         self._lost.set()
 

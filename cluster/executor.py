@@ -1,7 +1,8 @@
-"""Runs plans on remote workers: one open gRPC stream per rank, every plan encoded once, a step done when all ranks say so.
+"""Runs plans on remote workers: an open gRPC stream per rank, plans encoded once, a step done when all ranks say so.
 
-Whatever goes wrong with a worker surfaces here as WorkerLost with the rank's name, within seconds: a killed process ends
-its stream at once, a stopped one fails the keepalive, and a rank that is alive but late runs into the step's time limit.
+Whatever goes wrong with a worker surfaces here as WorkerLost with the rank's name, within seconds: a killed process
+ends its stream at once, a stopped one fails the keepalive, and a rank that is alive but late runs into the step's time
+limit.
 """
 
 from __future__ import annotations
@@ -182,4 +183,3 @@ class GrpcExecutor:
             if arrival.report is None and arrival.gone:
                 failure = arrival
         return WorkerLost(failure.worker, failure.why)
-

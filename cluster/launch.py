@@ -90,7 +90,11 @@ class Replica:
         self.addresses = self._start_workers(stop)
         controller = self._get(
             self.controller.start.remote(
-                self._controller_config(), self.engine.model_info(self.config, self.num_blocks), self.addresses, _epoch(), self._token
+                self._controller_config(),
+                self.engine.model_info(self.config, self.num_blocks),
+                self.addresses,
+                _epoch(),
+                self._token,
             ),
             stop,
         )
@@ -120,7 +124,7 @@ class Replica:
         if self._group is not None:
             _quietly(remove_placement_group, self._group)
 
-    # -- steps of the start ----------------------------------------------------------------------------------------
+    # -- steps of the start
 
     def _place(self, stop: Callable[[], bool]) -> PlacementGroup:
         bundle = {"CPU": 1.0, "GPU": 1.0} if self.engine.device == "cuda" else {"CPU": 1.0}
@@ -200,12 +204,12 @@ class Replica:
         return [_value(ref) for ref in refs]
 
 
-# -- Ray -----------------------------------------------------------------------------------------------------------------
+# -- Ray
 
 
 @contextmanager
 def connection(address: str | None, num_workers: int, progress: Progress) -> Iterator[None]:
-    """A Ray to run on: the caller's own connection, the cluster at `address`, or a local one that lives as long as we do."""
+    """A Ray to run on: the one already connected, the cluster at `address`, or a local one that lives as long as we."""
     if ray.is_initialized():
         yield
         return
@@ -214,7 +218,12 @@ def connection(address: str | None, num_workers: int, progress: Progress) -> Ite
         progress.line("starting a local Ray")
         cores = max(os.cpu_count() or 1, num_workers)
         ray.init(
-            "local", **common, num_cpus=cores, include_dashboard=False, _node_ip_address="127.0.0.1", object_store_memory=100 << 20
+            "local",
+            **common,
+            num_cpus=cores,
+            include_dashboard=False,
+            _node_ip_address="127.0.0.1",
+            object_store_memory=100 << 20,
         )
     else:
         progress.line(f"joining the Ray cluster at {address}")
@@ -290,7 +299,7 @@ def _describe_shortage(bundles: list[dict[str, float]]) -> str:
     )
 
 
-# -- the process ---------------------------------------------------------------------------------------------------------
+# -- the process
 
 
 @contextmanager
@@ -319,7 +328,9 @@ def _check_port(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise LaunchError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --grpc-port") from error
+            raise LaunchError(
+                f"cannot listen on {host}:{port}: {error.strerror}; choose another --grpc-port"
+            ) from error
 
 
 def _epoch() -> int:

@@ -1,4 +1,4 @@
-"""A grpc.aio server as every process of ours runs one: health, reflection, stated limits, and inside the cluster a secret."""
+"""A grpc.aio server as ours are: health, reflection, stated limits, and inside the cluster a secret."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The only file that knows both vocabularies: the scheduler's values and the wire's messages.
 
-Integer arrays travel as packed little-endian int32. A plan is encoded once for all ranks; what differs between them, the
-incarnation, is appended: concatenated protobuf messages are one message.
+Integer arrays travel as packed little-endian int32. A plan is encoded once for all ranks; what differs between them,
+the incarnation, is appended: concatenated protobuf messages are one message.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def unpack_floats(data: bytes) -> tuple[float, ...]:
     return tuple(memoryview(data).cast("f"))
 
 
-# -- to and from workers -----------------------------------------------------------------------------------------------
+# -- to and from workers
 
 
 def encode_plan(plan: StepPlan, epoch: int) -> worker_pb2.StepPlan:
@@ -102,7 +102,7 @@ def decode_report(report: worker_pb2.StepReport) -> StepResult:
     return StepResult(report.step, unpack(report.token_ids), logprobs)
 
 
-# -- to and from clients -----------------------------------------------------------------------------------------------
+# -- to and from clients
 
 
 def decode_sampling(message: generation_pb2.SamplingParams) -> SamplingParams:

@@ -56,7 +56,7 @@ class Scheduler:
         self._num_arrived = 0
         self._num_planned = 0
 
-    # -- requests come and go ------------------------------------------------------------------------------------
+    # -- requests come and go
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises InvalidRequest for an id in use, QueueFull when too many wait."""
@@ -89,7 +89,7 @@ class Scheduler:
     def num_requests(self) -> int:
         return len(self._requests)
 
-    # -- one step ------------------------------------------------------------------------------------------------
+    # -- one step
 
     def schedule(self) -> StepPlan | None:
         """Plan the next step; None when no sequence can compute anything before a result or a request comes."""
@@ -207,7 +207,7 @@ class Scheduler:
         self.counters.count_result(result, events)
         return events
 
-    # -- ends ----------------------------------------------------------------------------------------------------
+    # -- ends
 
     def _end(self, sequence: Sequence) -> None:
         if sequence.status is Status.RUNNING:
@@ -228,7 +228,7 @@ class Scheduler:
         self._free_rows.append(sequence.row)
         sequence.row = -1
 
-    # -- looking in ----------------------------------------------------------------------------------------------
+    # -- looking in
 
     def memory(self) -> MemoryUse:
         """O(running): for reports, not for every step."""

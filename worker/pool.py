@@ -35,5 +35,6 @@ class KVPool:
     def __init__(self, shape: BlockShape, num_blocks: int, device: torch.device | str) -> None:
         self.shape = shape
         self.num_blocks = num_blocks
-        # [block, layer, K/V, token, head, dim]. Zeros cost nothing on a CPU until they are written.
-        self.tensor = torch.zeros(num_blocks, *shape.dimensions, dtype=shape.dtype, device=device)
+        # [block, layer, K/V, token, head, dim]. Not zeroed: no slot is read before it is written, and on a CPU memory
+        # that is never touched is never taken.
+        self.tensor = torch.empty(num_blocks, *shape.dimensions, dtype=shape.dtype, device=device)

@@ -1,4 +1,4 @@
-"""One rank that serves the hash model, as a process: prints its address and incarnation, ends with its standard input."""
+"""A rank that serves the hash model, as a process: prints address and incarnation, ends with its standard input."""
 
 from __future__ import annotations
 

@@ -36,7 +36,9 @@ class SteppedExecutor:
     """A fake worker whose steps end when the test says so."""
 
     def __init__(self) -> None:
-        self.worker = FakeWorker(LIMITS.num_blocks, LIMITS.block_size, LIMITS.max_num_seqs, LIMITS.max_num_batched_tokens)
+        self.worker = FakeWorker(
+            LIMITS.num_blocks, LIMITS.block_size, LIMITS.max_num_seqs, LIMITS.max_num_batched_tokens
+        )
         self.permits = threading.Semaphore(0)
         self.failure: Exception | None = None
         self.free_running = False

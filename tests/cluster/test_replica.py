@@ -18,14 +18,16 @@ from quire.protos import generation_pb2 as pb
 from quire.protos import generation_pb2_grpc as pb_grpc
 from quire.protos.channel import PUBLIC_CHANNEL_OPTIONS
 
-PROMPTS = [f"Once upon a time there was a fox named {name}. " * (1 + i % 5) for i, name in enumerate(["Mia", "Tom"] * 32)]
+PROMPTS = [
+    f"Once upon a time there was a fox named {name}. " * (1 + i % 5) for i, name in enumerate(["Mia", "Tom"] * 32)
+]
 STREAMS = 64
 LONG = {"max_tokens": 900, "ignore_eos": True, "temperature": 0.0}
 
 
 @pytest.fixture(scope="module")
-def replica(start_replica: Any) -> Iterator[tuple[Any, Client]]:
-    yield start_replica(tensor_parallel_size=2, max_model_len=1024, max_num_seqs=64, num_gpu_blocks_override=600)
+def replica(start_replica: Any) -> tuple[Any, Client]:
+    return start_replica(tensor_parallel_size=2, max_model_len=1024, max_num_seqs=64, num_gpu_blocks_override=600)
 
 
 @pytest.fixture

@@ -55,7 +55,9 @@ class Server:
         return [
             int(folder.name)
             for folder in Path("/proc").iterdir()
-            if folder.name.isdigit() and mark in _read(folder / "environ") and name.encode() in _read(folder / "cmdline")
+            if folder.name.isdigit()
+            and mark in _read(folder / "environ")
+            and name.encode() in _read(folder / "cmdline")
         ]
 
     def nothing_is_left(self) -> bool:

@@ -103,7 +103,9 @@ def workers(tmp_path: Path) -> Iterator[list[tuple[subprocess.Popen[str], Worker
         process.communicate()
 
 
-def make_engine(workers: list[tuple[subprocess.Popen[str], WorkerAddress]], step_timeout: float) -> tuple[Engine, GrpcExecutor]:
+def make_engine(
+    workers: list[tuple[subprocess.Popen[str], WorkerAddress]], step_timeout: float
+) -> tuple[Engine, GrpcExecutor]:
     executor = GrpcExecutor([address for _, address in workers], 1, "", step_timeout)
     limits = SchedulerConfig(num_blocks=32, block_size=4, max_model_len=64, max_num_seqs=4, max_num_batched_tokens=64)
     return Engine(Scheduler(limits), executor, run_ahead=1), executor
@@ -131,7 +133,7 @@ def test_the_dead_process_is_blamed_and_not_its_peer(workers):
     ask(engine, "a")
     assert engine.step()
     workers[1][0].kill()
-    with pytest.raises(WorkerLost, match="worker rank 1 .* is gone"):
+    with pytest.raises(WorkerLost, match=r"worker rank 1 .* is gone"):
         for _ in range(60):
             engine.step()
     executor.close()
