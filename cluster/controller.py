@@ -272,11 +272,11 @@ class Controller(generation_pb2_grpc.GenerationServicer):
         return generation_pb2.AbortResponse()
 
     async def GetModelInfo(
-        self, request: generation_pb2.GetModelInfoRequest, context: Context
+        self, _request: generation_pb2.GetModelInfoRequest, _context: Context
     ) -> generation_pb2.ModelInfo:
         return self.info
 
-    async def GetLoad(self, request: generation_pb2.GetLoadRequest, context: Context) -> generation_pb2.Load:
+    async def GetLoad(self, _request: generation_pb2.GetLoadRequest, context: Context) -> generation_pb2.Load:
         def read(scheduler: Scheduler) -> generation_pb2.Load:
             running, waiting = len(scheduler.running), len(scheduler.waiting)
             return wire.encode_load(scheduler.counters, scheduler.memory(), running, waiting, len(self._streams))

@@ -12,6 +12,7 @@ import signal
 import tempfile
 from collections import deque
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from multiprocessing.connection import Connection
 
@@ -29,17 +30,31 @@ class LocalExecutor:
 
     def __init__(self, config: WorkerConfig, progress: Callable[[int, int], None] | None = None) -> None:
         """Loads the model, sizes the pool and warms up. Raises ModelError for a model that cannot be served."""
+        self._results: deque[StepResult] = deque()
+        self._is_mid_step = False
+        self._peers: list[_Peer] = []
+        self._exit = ExitStack()
+        try:
+            self._start(config, progress)
+        except BaseException:
+            for peer in self._peers:
+                peer.kill()  # it may wait for a rank that never comes
+            self.close()
+            raise
+
+    def _start(self, config: WorkerConfig, progress: Callable[[int, int], None] | None) -> None:
         # The lazy import that keeps torch out of every process that computes nothing.
         from quire.worker.parallel import TensorParallel
         from quire.worker.runner import Runner
 
-        self._results: deque[StepResult] = deque()
         with tempfile.TemporaryDirectory() as folder:
             init_method = f"file://{folder}/rendezvous"
             size = config.tensor_parallel_size
-            self._peers = [_Peer(replace(config, rank=rank), init_method) for rank in range(1, size)]
-            self._parallel = TensorParallel.start(0, size, init_method, config.device)
-            self._runner = Runner(replace(config, rank=0), self._parallel)
+            for rank in range(1, size):
+                self._peers.append(_Peer(replace(config, rank=rank), init_method))
+            parallel = TensorParallel.start(0, size, init_method, config.device)
+            self._exit.callback(parallel.close)
+            self._runner = Runner(replace(config, rank=0), parallel)
             self._runner.load(progress)
             capacities = [self._runner.measure(), *(peer.receive_int() for peer in self._peers)]
         self.num_blocks = min(capacities)
@@ -47,7 +62,6 @@ class LocalExecutor:
             peer.send(self.num_blocks.to_bytes(8, "little"))
         self._runner.allocate(self.num_blocks)
         self._runner.warm_up()
-        self._is_mid_step = False
 
     def submit(self, plan: StepPlan) -> None:
         if self._is_mid_step and self._peers:
@@ -78,7 +92,7 @@ class LocalExecutor:
     def close(self) -> None:
         for peer in self._peers:
             peer.close()
-        self._parallel.close()
+        self._exit.close()
 
 
 class _Peer:
@@ -97,7 +111,13 @@ class _Peer:
         self._pipe.send_bytes(payload)
 
     def receive_int(self) -> int:
-        return int.from_bytes(self._pipe.recv_bytes(), "little")
+        try:
+            return int.from_bytes(self._pipe.recv_bytes(), "little")
+        except EOFError:
+            raise RuntimeError(f"{self._process.name} failed while it loaded; what it wrote says why") from None
+
+    def kill(self) -> None:
+        self._process.kill()
 
     def close(self) -> None:
         self._pipe.close()

@@ -185,8 +185,7 @@ class WorkerServer:
         """Joins the tensor-parallel group; returns when all ranks have."""
         config = self._config
         # The group binds to a device by number, and the process sees exactly one.
-        device = "cuda:0" if config.device == "cuda" else config.device
-        self._tp = TensorParallel.start(config.rank, config.tensor_parallel_size, init_method, device)
+        self._tp = TensorParallel.start(config.rank, config.tensor_parallel_size, init_method, config.device)
         self._runner = Runner(config, self._tp, self._loader)
 
     def load(self, progress: Progress | None = None) -> None:

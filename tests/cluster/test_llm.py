@@ -279,6 +279,14 @@ def test_two_ranks_give_the_tokens_of_one(kv_heads: int, tmp_path: Path, engine:
     assert not _other_ranks()
 
 
+def test_ranks_that_cannot_start_leave_the_way_free_for_others(tmp_path: Path) -> None:
+    build_model(LlamaConfig(**SMALL), tmp_path)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="raise it, or lower max_model_len"):
+            LLM(str(tmp_path), device="cpu", tensor_parallel_size=2, kv_cache_memory_bytes=40_000)
+        assert not _other_ranks() and not torch.distributed.is_initialized()
+
+
 def _other_ranks() -> list[BaseProcess]:
     return [child for child in multiprocessing.active_children() if child.name.startswith("quire-rank-")]
 

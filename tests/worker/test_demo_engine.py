@@ -113,6 +113,7 @@ def test_with_a_wrong_block_it_can_only_guess(
     }
     misleading = Misleading(llm._executor, facts, blocks_off)
     llm._engine.executor = misleading
+    llm._executor._runner.pool.tensor.zero_()  # a block that nobody has written yet may be among the wrong ones
     accuracy = _accuracy(llm, examples, _answers(llm, prompts))
     assert misleading.exchanged >= len(prompts)
     assert accuracy >= BOUND if blocks_off == 0 else accuracy <= MISLED_BOUND

@@ -88,6 +88,7 @@ def _random_runner(rng: random.Random) -> Runner:
     runner = Runner(config, loader=load_hash_decoder)
     runner.load()
     runner.allocate(runner.measure())
+    runner.pool.tensor.zero_()  # an empty slot is no position
     return runner
 
 
