@@ -175,11 +175,13 @@ def plan(gpu_memory: int | None, **engine: Any) -> int:
     """Tell what fits before anything is loaded: bytes by cause, and what to change."""
     from quire.cluster.config import resolve
     from quire.cluster.plan import make_plan, render
+    from quire.worker.host import available_memory
 
     if gpu_memory is not None and engine["device"] == "auto":
         engine["device"] = "cuda"
     with _mistakes():
-        made = make_plan(resolve(_engine_config(load_format="dummy", **engine)), gpu_memory)
+        resolved = resolve(_engine_config(load_format="dummy", **engine))
+        made = make_plan(resolved, gpu_memory, available_memory() if resolved.device == "cpu" else None)
     for line in (render(made), *made.engine.notes):
         click.echo(line)
     return 1 if made.fits is False else 0

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from quire.cluster.config import ResolvedEngine
+from quire.worker.host import cpu_pool_bytes
 from quire.worker.models.checkpoint import DTYPE_BYTES, bytes_by_group, kv_head_share
 from quire.worker.models.spec import ModelError
 
@@ -86,10 +87,24 @@ class Plan:
         return self.weight_bytes + self.activations + self.sampling
 
 
-def make_plan(engine: ResolvedEngine, memory: int | None = None) -> Plan:
-    """`memory`: bytes of one device; gpu_memory_utilization of it may be used."""
+def make_plan(engine: ResolvedEngine, memory: int | None = None, host_memory: int | None = None) -> Plan:
+    """`memory`: bytes of one GPU, of which gpu_memory_utilization may be used. `host_memory`: what is available on this
+    machine, of which ranks on a CPU take their share."""
+    if engine.device == "cpu" and host_memory is not None and _pool_is_open(engine):
+        engine = replace(engine, kv_cache_memory_bytes=_cpu_pool(engine, host_memory))
     plan = _measure(engine, memory)
     return replace(plan, advice=tuple(_advice(plan, memory))) if plan.fits is False else plan
+
+
+def _pool_is_open(engine: ResolvedEngine) -> bool:
+    return engine.num_gpu_blocks_override is None and engine.kv_cache_memory_bytes is None
+
+
+def _cpu_pool(engine: ResolvedEngine, host_memory: int) -> int:
+    """Bytes that a worker on this machine would choose: a share of the memory, no more than its rows can use."""
+    bytes_per_block = _measure(engine, None).bytes_per_block
+    useful = engine.max_num_seqs * -(-engine.max_model_len // engine.block_size)
+    return min(cpu_pool_bytes(host_memory, engine.tensor_parallel_size), useful * bytes_per_block)
 
 
 def _measure(engine: ResolvedEngine, memory: int | None) -> Plan:

@@ -25,7 +25,7 @@ MAY_IMPORT = {
 }  # fmt: skip
 
 # These need the standard library alone, so anything above may read them.
-PLAIN = {"quire.worker.config", "quire.worker.models.spec", "quire.worker.models.checkpoint"}
+PLAIN = {"quire.worker.config", "quire.worker.host", "quire.worker.models.spec", "quire.worker.models.checkpoint"}
 
 
 def imports(file: Path, at_import: bool = False) -> set[str]:

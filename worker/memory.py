@@ -8,14 +8,11 @@ greatest length is refused here, with the numbers and what to change.
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
 from quire.worker.config import WorkerConfig
-
-CPU_SHARE = 0.4
-"""Of the available memory, for the pools of all ranks on the machine: the rest is for activations and neighbours."""
+from quire.worker.host import CPU_SHARE, available_memory, cpu_pool_bytes
 
 
 class PoolTooSmall(ValueError):
@@ -34,7 +31,7 @@ def count_blocks(config: WorkerConfig, bytes_per_block: int, worst_step: Callabl
         room, told = _gpu_room(config.gpu_memory_utilization, worst_step)
         blocks, source = max(room, 0) // bytes_per_block, told
     else:
-        room = int(available_memory() * CPU_SHARE) // config.tensor_parallel_size
+        room = cpu_pool_bytes(available_memory(), config.tensor_parallel_size)
         blocks = min(room // bytes_per_block, config.max_num_seqs * per_sequence)
         source = f"{room} bytes, {CPU_SHARE:.0%} of the available memory shared by the ranks; free some"
     if blocks < per_sequence:
@@ -63,20 +60,3 @@ def _gpu_room(utilization: float, worst_step: Callable[[], None]) -> tuple[int, 
         f"largest step and {others} held by others; raise gpu_memory_utilization, lower max_num_batched_tokens or "
         "max_num_seqs"
     )
-
-
-def available_memory(meminfo: Path = Path("/proc/meminfo"), control_group: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes that new allocations can take without swapping, on the machine and within this process's control group."""
-    available = _table(meminfo)["MemAvailable:"] * 1024
-    limit = control_group / "memory.max"
-    if limit.exists() and (most := limit.read_text().strip()) != "max":
-        stat = _table(control_group / "memory.stat")
-        # Files that were read count as used, but give way.
-        used = int((control_group / "memory.current").read_text()) - stat["active_file"] - stat["inactive_file"]
-        available = min(available, int(most) - used)
-    return max(available, 0)
-
-
-def _table(path: Path) -> dict[str, int]:
-    lines = (line.split() for line in path.read_text().splitlines())
-    return {line[0]: int(line[1]) for line in lines}

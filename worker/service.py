@@ -184,7 +184,6 @@ class WorkerServer:
     def connect(self, init_method: str) -> None:
         """Joins the tensor-parallel group; returns when all ranks have."""
         config = self._config
-        # The group binds to a device by number, and the process sees exactly one.
         self._tp = TensorParallel.start(config.rank, config.tensor_parallel_size, init_method, config.device)
         self._runner = Runner(config, self._tp, self._loader)
 

@@ -343,7 +343,8 @@ def test_every_option_has_its_own_environment_variable() -> None:
         for parameter in command.params:
             if isinstance(parameter, click.Option) and parameter.envvar is not None:
                 long = max(parameter.opts, key=len)
-                assert parameter.envvar == "QUIRE_" + long.removeprefix("--").replace("-", "_").upper()
+                first = parameter.envvar[0] if isinstance(parameter.envvar, list) else parameter.envvar
+                assert first == "QUIRE_" + long.removeprefix("--").replace("-", "_").upper()
 
 
 # -- the client by itself

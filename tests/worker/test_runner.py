@@ -12,7 +12,8 @@ from worker_plans import admit, packed, plan, unpacked
 from quire.protos import worker_pb2
 from quire.worker import memory
 from quire.worker.config import WorkerConfig
-from quire.worker.memory import PoolTooSmall, available_memory, count_blocks
+from quire.worker.host import available_memory
+from quire.worker.memory import PoolTooSmall, count_blocks
 from quire.worker.parallel import TensorParallel
 from quire.worker.runner import Runner, default_threads, load_decoder
 from quire.worker.table import PlanError
