@@ -13,6 +13,7 @@ import ray
 
 from quire.cluster.controller import Controller, ControllerConfig
 from quire.cluster.executor import WorkerAddress
+from quire.cluster.fate import exit_with_parent
 from quire.cluster.gateway import Gateway, GatewayConfig
 from quire.cluster.servers import GenerationServer
 from quire.protos import generation_pb2, generation_pb2_grpc
@@ -24,6 +25,7 @@ class WorkerActor:
     """One rank. Its gRPC server belongs to `quire.worker.service`; Ray calls only bring it up and down."""
 
     def __init__(self, config: WorkerConfig, token: str) -> None:
+        exit_with_parent()
         # The one lazy import: torch is loaded here, in the worker's process, and nowhere above it.
         from quire.worker.service import WorkerServer
 
@@ -66,6 +68,9 @@ class WorkerActor:
 
 class ControllerActor:
     """Scheduler, KV block manager and engine loop of one replica."""
+
+    def __init__(self) -> None:
+        exit_with_parent()
 
     async def start(
         self,
@@ -112,6 +117,9 @@ class ControllerActor:
 
 class GatewayActor:
     """The public edge: text in front, token ids behind."""
+
+    def __init__(self) -> None:
+        exit_with_parent()
 
     async def start(self, config: GatewayConfig, upstream: str) -> str:
         """Returns the public address."""

@@ -16,7 +16,7 @@ import click
 
 if TYPE_CHECKING:
     from quire.cluster.client import Client
-    from quire.cluster.config import EngineConfig
+    from quire.cluster.config import EngineConfig, ServeConfig
     from quire.protos import generation_pb2 as pb
 
 Decorator: TypeAlias = Callable[[Any], Any]
@@ -155,16 +155,9 @@ def serve(
             drain_timeout=drain_timeout,
         )
         _check_model(config.engine)
-        from quire.cluster import ray_auth
+    from quire.cluster import fate
 
-        ray_auth.choose(address)
-        from quire.cluster import launch
-
-        try:
-            return launch.serve(config)
-        except (launch.LaunchError, ValueError) as error:
-            # ValueErrors come from processes that have looked at the model or the machine: sentences for the user.
-            raise click.ClickException(str(error)) from error
+    return fate.in_own_session(lambda: _launch(config))
 
 
 @cli.command()
@@ -317,6 +310,24 @@ def _engine_config(**engine: Any) -> EngineConfig:
     from quire.cluster.config import EngineConfig
 
     return EngineConfig(**engine)
+
+
+def _launch(config: ServeConfig) -> int:
+    from quire.cluster import ray_auth
+
+    ray_auth.choose(config.address)
+    try:
+        from quire.cluster import launch
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    try:
+        return launch.serve(config)
+    except (launch.LaunchError, ValueError) as error:
+        # ValueErrors come from processes that have looked at the model or the machine: sentences for the user.
+        click.echo(f"quire: {' '.join(str(error).split())}", err=True)
+        return 1
+    except KeyboardInterrupt:
+        return _INTERRUPTED
 
 
 def _check_model(engine: EngineConfig) -> None:

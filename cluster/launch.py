@@ -108,16 +108,20 @@ class Replica:
             done, _ = ray.wait([failure, gateway], num_returns=1, timeout=0.2)
             if done:
                 return _outcome(done[0])
+            if not ray_answers():
+                return "Ray's head is gone"
         return None
 
     def stop(self) -> None:
         """Gateway first, so that nobody is accepted whom nobody would serve; never raises."""
         timeout = self.config.drain_timeout
         if self._gateway is not None:
-            _quietly(ray.get, self._gateway.stop.remote(timeout), timeout=timeout + 5)
+            _finish([self._gateway.stop.remote(timeout)], timeout + 5)
         if self.controller is not None:
-            _quietly(ray.get, self.controller.stop.remote(1.0), timeout=10)
-        _quietly(ray.get, [worker.stop.remote() for worker in self.workers], timeout=5)
+            _finish([self.controller.stop.remote(1.0)], 10)
+        _finish([worker.stop.remote() for worker in self.workers], 5)
+        if not ray_answers():
+            return  # the processes see by themselves that they are orphans
         for actor in (self._gateway, self.controller, *self.workers):
             if actor is not None:
                 _quietly(ray.kill, actor)
@@ -235,7 +239,8 @@ def connection(address: str | None, num_workers: int, progress: Progress) -> Ite
     try:
         yield
     finally:
-        ray.shutdown()
+        if ray_answers():
+            ray.shutdown()
 
 
 def _check_reachable(address: str) -> None:
@@ -250,6 +255,23 @@ def _check_reachable(address: str) -> None:
     except OSError as error:
         reason = error.strerror or str(error)
         raise LaunchError(f"no Ray cluster could be joined at {address!r}: {reason}") from error
+
+
+def ray_answers() -> bool:
+    """Whether Ray's head is there. Calls into a Ray without one wait for a minute and then end the process."""
+    host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=2).close()
+    except OSError:
+        return False
+    return True
+
+
+def _finish(calls: list[Any], timeout: float) -> None:
+    """Wait for calls that end something; whatever has become of them, what comes after is tried too."""
+    deadline = time.monotonic() + timeout
+    while calls and time.monotonic() < deadline and ray_answers():
+        _, calls = ray.wait(calls, num_returns=len(calls), timeout=0.5)
 
 
 def _actor(kind: type, group: PlacementGroup, bundle: int, num_cpus: float = 0, **options: Any) -> Any:

@@ -300,6 +300,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[ServeConfig]:
     launch.serve, launch.LaunchError = start, LaunchError  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "quire.cluster.launch", launch)
     monkeypatch.setattr("quire.cluster.launch", launch, raising=False)
+    monkeypatch.setattr("quire.cluster.fate.in_own_session", lambda run: run())
     return configs
 
 

@@ -60,6 +60,9 @@ class Server:
             and name.encode() in _read(folder / "cmdline")
         ]
 
+    def names(self) -> list[bytes]:
+        return [_read(Path(f"/proc/{pid}/cmdline")) for pid in self.processes()]
+
     def nothing_is_left(self) -> bool:
         deadline = time.monotonic() + 15
         while self.processes():
@@ -109,7 +112,7 @@ def test_serve_generate_and_a_sigterm_that_lets_open_streams_finish(start):
         tokens = sum(len(message.output.token_ids) for message in stream)
     assert tokens == 300
     assert server.end() == 0, server.log
-    assert server.nothing_is_left(), server.processes()
+    assert server.nothing_is_left(), server.names()
 
 
 def test_a_dead_worker_ends_serve_with_its_name_and_exit_code_1(start):
@@ -120,7 +123,30 @@ def test_a_dead_worker_ends_serve_with_its_name_and_exit_code_1(start):
     os.kill(workers[0], signal.SIGKILL)
     assert server.end() == 1
     assert re.search(r"stopping: worker rank [01] \(process \d+ on .*\) is gone", server.log), server.log
-    assert server.nothing_is_left(), server.processes()
+    assert server.nothing_is_left(), server.names()
+
+
+@pytest.mark.parametrize("victim", ["gcs_server", "raylet"])
+def test_without_ray_serve_ends_and_leaves_nothing(start, victim):
+    server = start()
+    server.wait_ready()
+    (pid,) = [p for p in server.processes(victim) if victim in os.readlink(f"/proc/{p}/exe")]
+    os.kill(pid, signal.SIGKILL)
+    assert server.end() == 1
+    assert "Ray's head is gone" in server.log or "is gone" in server.log, server.log
+    assert server.nothing_is_left(), server.names()
+
+
+def test_a_second_signal_ends_at_once_and_leaves_nothing(start):
+    server = start()
+    with Client(server.wait_ready()) as client:
+        stream = client.generate("A fox", max_tokens=1000, ignore_eos=True)
+        next(stream)
+        os.killpg(server.process.pid, signal.SIGINT)
+        time.sleep(0.5)
+        os.killpg(server.process.pid, signal.SIGINT)
+        assert server.end(timeout=10) == 128 + signal.SIGINT
+    assert server.nothing_is_left(), server.names()
 
 
 def test_joining_a_cluster_and_leaving_it_as_it_was(start, ray_cluster):
