@@ -37,7 +37,7 @@ class TensorParallel:
         if size == 1:
             return cls.single()
         device = torch.device(device)
-        if device.type == "cuda" and device.index is None:
+        if device.type == "cuda":  # NCCL wants the device by number
             device = torch.device("cuda", torch.cuda.current_device())
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
