@@ -14,7 +14,7 @@ import ray
 from quire.cluster.controller import Controller, ControllerConfig
 from quire.cluster.executor import WorkerAddress
 from quire.cluster.fate import exit_with_parent
-from quire.cluster.gateway import Gateway, GatewayConfig
+from quire.cluster.gateway import Gateway, GatewayConfig, read_tokenizer
 from quire.cluster.servers import GenerationServer
 from quire.protos import generation_pb2, generation_pb2_grpc
 from quire.protos.channel import WORKER_SERVER_OPTIONS
@@ -71,6 +71,7 @@ class ControllerActor:
 
     def __init__(self) -> None:
         exit_with_parent()
+        self._controller: Controller | None = None
 
     async def start(
         self,
@@ -81,9 +82,8 @@ class ControllerActor:
         token: str,
     ) -> str:
         """Returns the address of its `Generation` service."""
-        self._controller = Controller(config, info)
-        self._controller.connect(workers, epoch, token)
-        controller = self._controller
+        self._controller = controller = Controller(config, info)
+        controller.connect(workers, epoch, token)
         self._server = GenerationServer(
             lambda server: generation_pb2_grpc.add_GenerationServicer_to_server(controller, server),
             WORKER_SERVER_OPTIONS,
@@ -91,27 +91,28 @@ class ControllerActor:
         )
         host = ray.util.get_node_ip_address()
         port = await self._server.start(f"{host}:0")
-        self._failure_watch = asyncio.create_task(self._watch())
+        self._failure_watch = asyncio.create_task(self._watch(controller))
         return f"{host}:{port}"
 
     async def failure(self) -> str:
         """Returns when the engine has failed, with the reason."""
+        assert self._controller is not None
         return await self._controller.failure()
 
     async def audit(self) -> None:
+        assert self._controller is not None
         await self._controller.audit()
 
-    async def pid(self) -> int:
-        return os.getpid()
-
     async def stop(self, drain_timeout: float) -> None:
+        if self._controller is None:
+            return
         await self._controller.drain(drain_timeout)
         self._failure_watch.cancel()
         await self._server.stop(grace=1.0)
         await self._controller.close()
 
-    async def _watch(self) -> None:
-        await self._controller.failure()
+    async def _watch(self, controller: Controller) -> None:
+        await controller.failure()
         await self._server.set_serving(False)
 
 
@@ -120,18 +121,22 @@ class GatewayActor:
 
     def __init__(self) -> None:
         exit_with_parent()
+        self._gateway: Gateway | None = None
+
+    async def prepare(self, model: str) -> None:
+        """Read the tokenizer: a broken one is told before the weights are loaded."""
+        self._tokenizer = await asyncio.to_thread(read_tokenizer, model)
 
     async def start(self, config: GatewayConfig, upstream: str) -> str:
         """Returns the public address."""
-        self._gateway = Gateway(config, upstream)
+        self._gateway = Gateway(config, upstream, self._tokenizer)
         return await self._gateway.start()
 
     async def failure(self) -> str:
         """Returns when the controller is gone, with the reason."""
+        assert self._gateway is not None
         return await self._gateway.failure()
 
-    async def pid(self) -> int:
-        return os.getpid()
-
     async def stop(self, grace: float) -> None:
-        await self._gateway.stop(grace)
+        if self._gateway is not None:
+            await self._gateway.stop(grace)

@@ -36,6 +36,9 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+MAX_TOKENS_PER_MESSAGE = 256
+"""With 20 log-probabilities each, far below the four megabytes that a client takes by default."""
+
 
 @dataclass(frozen=True, slots=True)
 class ControllerConfig:
@@ -51,6 +54,9 @@ class ControllerConfig:
 
 class RemoteExecutor(Executor, Protocol):
     """An executor whose workers can be lost between steps."""
+
+    def start(self) -> None:
+        """Open the streams."""
 
     def check(self) -> None:
         """Raises WorkerLost if a worker was lost while nothing was awaited."""
@@ -103,6 +109,7 @@ class EngineThread:
 
     def _run(self) -> None:
         try:
+            self._executor.start()
             while self._take_calls():
                 self._executor.check()
                 if events := self._engine.step():
@@ -147,16 +154,29 @@ class _Stream:
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        self.unfinished = request.params.n
         self.error: RequestError | None = None
         self._events: deque[TokenEvent] = deque()
         self._ready = asyncio.Event()
         self._sent = [0] * request.params.n
+        self._open = set(range(request.params.n))
+        """Samples whose end has not been handed to the reader."""
+        self._unfinished = set(self._open)
+        """Samples that the engine still works on."""
 
     def push(self, event: TokenEvent) -> None:
         self._events.append(event)
         if event.finish_reason is not None:
-            self.unfinished -= 1
+            self._unfinished.discard(event.sequence.index)
+        self._ready.set()
+
+    @property
+    def is_unfinished(self) -> bool:
+        return bool(self._unfinished)
+
+    def drop(self, index: int) -> None:
+        """Forget one sample: nobody waits for its end any more."""
+        self._open.discard(index)
+        self._unfinished.discard(index)
         self._ready.set()
 
     def fail(self, error: RequestError) -> None:
@@ -165,25 +185,27 @@ class _Stream:
 
     async def messages(self) -> AsyncIterator[generation_pb2.GenerateResponse]:
         """Everything up to the last sample's end. Raises RequestError."""
-        open_samples = self.request.params.n
-        while open_samples:
+        while self._open:
             await self._ready.wait()
             self._ready.clear()
             events, self._events = list(self._events), deque()
-            for index in sorted({event.sequence.index for event in events}):
+            for index in sorted({event.sequence.index for event in events} & self._open):
                 for message in self._encode(index, [event for event in events if event.sequence.index == index]):
-                    open_samples -= message.HasField("finished")
                     yield message
-            if self.error is not None:
+            if self.error is not None and self._open:
                 raise self.error
 
     def _encode(self, index: int, events: list[TokenEvent]) -> list[generation_pb2.GenerateResponse]:
         last = events[-1]
         if last.finish_reason is FinishReason.ERROR:
             raise RequestError(grpc.StatusCode.INTERNAL, "the model's logits were not numbers", reason="NAN_LOGITS")
-        messages = [wire.encode_output(index, self._sent[index], events)]
-        self._sent[index] += len(events)
+        messages = []
+        for start in range(0, len(events), MAX_TOKENS_PER_MESSAGE):
+            part = events[start : start + MAX_TOKENS_PER_MESSAGE]
+            messages.append(wire.encode_output(index, self._sent[index], part))
+            self._sent[index] += len(part)
         if last.finish_reason is not None:
+            self._open.discard(index)
             messages.append(wire.encode_finished(last, self._sent[index]))
         return messages
 
@@ -268,7 +290,12 @@ class Controller(generation_pb2_grpc.GenerationServicer):
         if stream is None:
             message = f"no request with id {request.request_id[:128]!r} is in progress"
             await errors.abort(context, RequestError(grpc.StatusCode.NOT_FOUND, message, field="request_id"))
-        stream.fail(RequestError(grpc.StatusCode.CANCELLED, "aborted by Abort", reason="ABORTED_BY_CALL"))
+        if request.HasField("index"):
+            name, index = request.request_id, request.index
+            stream.drop(index)
+            await self._thread.call(lambda scheduler: scheduler.cancel(name, index))
+        else:
+            stream.fail(RequestError(grpc.StatusCode.CANCELLED, "aborted by Abort", reason="ABORTED_BY_CALL"))
         return generation_pb2.AbortResponse()
 
     async def GetModelInfo(
@@ -327,7 +354,7 @@ class Controller(generation_pb2_grpc.GenerationServicer):
         name = stream.request.request_id
         if self._streams.get(name) is stream:
             del self._streams[name]
-            if stream.unfinished:
+            if stream.is_unfinished:
                 self._thread.call(lambda scheduler: scheduler.cancel(name))
         if not self._streams:
             self._idle.set()
@@ -339,7 +366,10 @@ class Controller(generation_pb2_grpc.GenerationServicer):
 
     def _dispatch(self, events: list[TokenEvent]) -> None:
         for event in events:
-            if stream := self._streams.get(event.sequence.request.request_id):
+            request = event.sequence.request
+            stream = self._streams.get(request.request_id)
+            # A new request may have taken the id of one that was cancelled while its last step ran.
+            if stream is not None and stream.request is request:
                 stream.push(event)
 
     def _fail(self, error: Exception) -> None:

@@ -17,6 +17,8 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 DOMAIN = "quire"
+MAX_MESSAGE = 1000
+"""Characters: a status travels twice in the trailers, of which gRPC takes eight kilobytes."""
 DETAILS_KEY = "grpc-status-details-bin"
 
 
@@ -33,7 +35,7 @@ class RequestError(Exception):
     ) -> None:
         super().__init__(message)
         self.code = code
-        self.message = message
+        self.message = message if len(message) <= MAX_MESSAGE else message[: MAX_MESSAGE - 1] + "…"
         self.field = field
         self.reason = reason
         self.retry_after_s = retry_after_s

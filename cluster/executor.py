@@ -127,7 +127,12 @@ class GrpcExecutor:
         self._reports: dict[int, dict[int, worker_pb2.StepReport]] = {}
         self._arrivals: queue.SimpleQueue[_Arrival] = queue.SimpleQueue()
         self._on_loss = on_loss
-        self._links = [_Link(worker, token, self._deliver) for worker in self._workers]
+        self._token = token
+        self._links: list[_Link] = []
+
+    def start(self) -> None:
+        """Open a stream to every rank; from here on `on_loss` may be called."""
+        self._links = [_Link(worker, self._token, self._deliver) for worker in self._workers]
 
     def submit(self, plan: StepPlan) -> None:
         payload = wire.encode_plan(plan, self._epoch).SerializeToString()

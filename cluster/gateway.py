@@ -22,8 +22,6 @@ from quire.protos.channel import PUBLIC_SERVER_OPTIONS, WORKER_CHANNEL_OPTIONS
 class GatewayConfig:
     """What the gateway reads."""
 
-    model: str
-    """Folder with the tokenizer."""
     api: ApiSettings
     host: str
     grpc_port: int
@@ -32,17 +30,18 @@ class GatewayConfig:
 class Gateway:
     """Lives in one asyncio loop."""
 
-    def __init__(self, config: GatewayConfig, upstream: str) -> None:
+    def __init__(self, config: GatewayConfig, upstream: str, tokenizer: Tokenizer | None) -> None:
         self.config = config
+        self._tokenizer = tokenizer
         self._channel = grpc.aio.insecure_channel(upstream, options=WORKER_CHANNEL_OPTIONS)
         self._lost = asyncio.Event()
         self._reason = ""
 
     async def start(self) -> str:
-        """Read the tokenizer and listen; returns the address."""
-        tokenizer = await asyncio.to_thread(_tokenizer, self.config.model)
-        service = GenerationService(self.config.api, generation_pb2_grpc.GenerationStub(self._channel), tokenizer)
-        self._server = GenerationServer(service.add_to_server, PUBLIC_SERVER_OPTIONS)
+        """Listen; returns the address."""
+        upstream = generation_pb2_grpc.GenerationStub(self._channel)
+        self._service = GenerationService(self.config.api, upstream, self._tokenizer)
+        self._server = GenerationServer(self._service.add_to_server, PUBLIC_SERVER_OPTIONS)
         host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
         port = await self._server.start(f"{host}:{self.config.grpc_port}")
         self._watch = asyncio.create_task(self._follow_health())
@@ -56,7 +55,7 @@ class Gateway:
     async def stop(self, grace: float) -> None:
         """Refuse new calls, let those in progress finish for `grace` seconds."""
         self._watch.cancel()
-        await self._server.stop(grace)
+        await self._server.stop(grace, self._service.idle())
         await self._channel.close(None)
 
     async def _follow_health(self) -> None:
@@ -72,7 +71,8 @@ class Gateway:
         self._lost.set()
 
 
-def _tokenizer(folder: str) -> Tokenizer | None:
+def read_tokenizer(folder: str) -> Tokenizer | None:
+    """None for a model that is served with token ids only."""
     try:
         return Tokenizer.from_pretrained(folder)
     except NoTokenizerError:

@@ -8,6 +8,7 @@ passed on but in order: a gap, a repetition or a stream that stops short of its 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
@@ -23,7 +24,7 @@ from quire.cluster.errors import RequestError, invalid
 from quire.cluster.text import Detokenizer, StopStrings, TextError, Tokenizer
 from quire.protos import generation_pb2 as pb
 from quire.protos.channel import bearer
-from quire.scheduler.params import MAX_STOP_LENGTH, MAX_STOP_STRINGS
+from quire.scheduler.params import MAX_LOGIT_BIAS, MAX_STOP_LENGTH, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ Metadata: TypeAlias = tuple[tuple[str, str], ...]
 
 ROLES = ("system", "user", "assistant")
 MAX_REQUEST_ID = 128
+MAX_DETOKENIZE = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,14 @@ class GenerationService:
         self._tokenizer = tokenizer
         # Looks at the whole vocabulary: better now than while streams are served.
         self._longest_token = tokenizer.longest_token if tokenizer is not None else 0
+        self._open = 0
+        self._drops: set[asyncio.Task[None]] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def idle(self) -> None:
+        """Returns when no generation is in progress."""
+        await self._idle.wait()
 
     def add_to_server(self, server: grpc.aio.Server) -> None:
         """Like the generated function, but a message that cannot be parsed is the client's error and is named so."""
@@ -86,8 +96,19 @@ class GenerationService:
     # -- the service
 
     async def generate(self, request: pb.GenerateRequest, context: Context) -> None:
+        self._open += 1
+        self._idle.clear()
+        try:
+            await self._generate(request, context)
+        finally:
+            self._open -= 1
+            if not self._open:
+                self._idle.set()
+
+    async def _generate(self, request: pb.GenerateRequest, context: Context) -> None:
         self._check_model(request.model)
         self._check_stops(request.sampling)
+        _check_sizes(request.sampling)
         request_id = _request_id(request.request_id)
         ids = await self._prompt_ids(request)
         upstream = pb.GenerateRequest(request_id=request_id, sampling=request.sampling)
@@ -104,10 +125,13 @@ class GenerationService:
                     message.started.model = model
                     await context.write(message)
                     continue
-                for response in answer.take(message):
+                responses = answer.take(message)
+                for response in responses:
                     await context.write(response)
                 if answer.is_cut_short:
                     return
+                if responses and responses[-1].finished.HasField("stop_string"):
+                    self._drop(request_id, responses[-1].finished.index)
         finally:
             # However this ends. On a call that has ended by itself it does nothing.
             call.cancel()
@@ -136,7 +160,9 @@ class GenerationService:
     async def detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:
         del context
         tokenizer = self._require_tokenizer("token_ids")
-        size = self._settings.vocab_size
+        size, count = self._settings.vocab_size, len(request.token_ids)
+        if count > MAX_DETOKENIZE:
+            raise invalid("token_ids", f"at most {MAX_DETOKENIZE} token ids are taken at once, not {count}")
         if any(token_id >= size for token_id in request.token_ids):
             raise invalid("token_ids", f"token ids must be below the vocabulary's size, {size}")
         text = await asyncio.to_thread(
@@ -153,6 +179,19 @@ class GenerationService:
     async def get_load(self, request: pb.GetLoadRequest, context: Context) -> pb.Load:
         load: pb.Load = await self._upstream.GetLoad(request, **self._forwarded(context))
         return load
+
+    def _drop(self, request_id: str, index: int) -> None:
+        """Have the controller forget one sample: its siblings go on, and would hold its memory to their end."""
+
+        async def drop() -> None:
+            # NOT_FOUND: all of them have ended meanwhile.
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                request = pb.AbortRequest(request_id=request_id, index=index)
+                await self._upstream.Abort(request, metadata=self._metadata(request_id))
+
+        task = asyncio.create_task(drop())
+        self._drops.add(task)
+        task.add_done_callback(self._drops.discard)
 
     # -- checks and prompts
 
@@ -186,6 +225,7 @@ class GenerationService:
             case "token_ids":
                 if not request.token_ids.ids:
                     raise invalid("token_ids", "the prompt is empty: send at least one token id")
+                self._check_fits(len(request.token_ids.ids))
                 return request.token_ids.ids
             case "text":
                 tokenizer = self._require_tokenizer("text")
@@ -217,6 +257,13 @@ class GenerationService:
         self._check_length(field, sum(len(turn.content) for turn in messages))
         turns = [{"role": turn.role, "content": turn.content} for turn in messages]
         return await _in_thread(field, tokenizer.encode_chat, turns)
+
+    def _check_fits(self, count: int) -> None:
+        """Of token ids; the controller checks it too, but what cannot fit is not to be carried there."""
+        most = self._settings.max_model_len - 1
+        if count > most:
+            message = f"the prompt has {count} tokens, but at most {most} fit: one of the context is for the answer"
+            raise invalid("token_ids", message, reason="CONTEXT_LENGTH_EXCEEDED")
 
     def _check_length(self, field: str, characters: int) -> None:
         """Before a text is tokenized, which costs time, refuse the one that cannot fit."""
@@ -346,6 +393,14 @@ class _Sample:
         if stop is not None:
             finished.reason = pb.FINISH_REASON_STOP
             finished.stop_string = stop
+
+
+def _check_sizes(sampling: pb.SamplingParams) -> None:
+    """Before a list is copied and carried on, refuse the one that is too long whatever is in it."""
+    for field, limit in (("logit_bias", MAX_LOGIT_BIAS), ("stop_token_ids", MAX_STOP_TOKEN_IDS)):
+        count = len(getattr(sampling, field))
+        if count > limit:
+            raise invalid(f"sampling.{field}", f"{field} may have at most {limit} entries, not {count}")
 
 
 def _request_id(given: str) -> str:

@@ -4,6 +4,7 @@ waits, and on a signal or a failure takes everything down again, in order.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import secrets
@@ -18,7 +19,7 @@ from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from quire.cluster.actors import ControllerActor, GatewayActor, WorkerActor
 from quire.cluster.config import ResolvedEngine, ServeConfig, resolve
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 NAMESPACE = "quire"
 PLACEMENT_TIMEOUT_S = 60.0
+PULSE_MISSES = 5
 STEP_TIMEOUT_S = {"cuda": 30.0, "cpu": 120.0}
 """A rank that lives but has not finished a step by then is taken to hang; a long prompt on a CPU may take a minute."""
 
@@ -49,6 +51,10 @@ def serve(config: ServeConfig) -> int:
     _check_port(config.host, config.grpc_port)
     # In this order: Ray installs handlers of its own when it starts.
     with connection(config.address, engine.tensor_parallel_size, progress), _signals() as stop:
+        if config.address is not None and config.engine.device == "auto":
+            # The cluster's devices count, and not those of the machine that the command was typed on.
+            device = "cuda" if ray.cluster_resources().get("GPU") else "cpu"
+            engine = resolve(dataclasses.replace(config.engine, device=device))
         replica = Replica(config, engine, progress)
         try:
             address = replica.start(stop)
@@ -85,8 +91,8 @@ class Replica:
 
     def start(self, stop: Callable[[], bool]) -> str:
         """Returns the public address. Raises LaunchError, or Stopped when a signal comes first."""
-        self._group = self._place(stop)
-        self._create(self._group)
+        self._create(self._place(stop))
+        self._get(self._gateway.prepare.remote(self.engine.model), stop, "the gateway")
         self.addresses = self._start_workers(stop)
         controller = self._get(
             self.controller.start.remote(
@@ -97,18 +103,20 @@ class Replica:
                 self._token,
             ),
             stop,
+            "the controller",
         )
-        return str(self._get(self._gateway.start.remote(self._gateway_config(), controller), stop))
+        return str(self._get(self._gateway.start.remote(self._gateway_config(), controller), stop, "the gateway"))
 
     def wait(self, stop: Callable[[], bool]) -> str | None:
         """Returns None when a signal came, else why the replica failed."""
         failure = self.controller.failure.remote()
         gateway = self._gateway.failure.remote()
+        head = _Pulse()
         while not stop():
             done, _ = ray.wait([failure, gateway], num_returns=1, timeout=0.2)
             if done:
                 return _outcome(done[0])
-            if not ray_answers():
+            if head.is_gone():
                 return "Ray's head is gone"
         return None
 
@@ -133,34 +141,41 @@ class Replica:
     def _place(self, stop: Callable[[], bool]) -> PlacementGroup:
         bundle = {"CPU": 1.0, "GPU": 1.0} if self.engine.device == "cuda" else {"CPU": 1.0}
         bundles = [bundle] * self.engine.tensor_parallel_size
+        missing = any(ray.cluster_resources().get(name, 0) < len(bundles) for name in bundle)
+        if missing and self.config.address is None:
+            raise LaunchError(_describe_shortage(bundles))  # a Ray of our own does not grow
+        if missing:
+            self.progress.line(f"waiting for room for {len(bundles)} worker(s)")
         group: PlacementGroup = placement_group(bundles, strategy="PACK")
+        self._group = group
         try:
-            self._get(group.ready(), stop, PLACEMENT_TIMEOUT_S)
+            self._get(group.ready(), stop, "the placement group", PLACEMENT_TIMEOUT_S)
         except ray.exceptions.GetTimeoutError:
-            remove_placement_group(group)
             raise LaunchError(_describe_shortage(bundles)) from None
         return group
 
     def _create(self, group: PlacementGroup) -> None:
         on_gpu = self.engine.device == "cuda"
-        self.controller = _actor(ControllerActor, group, 0).remote()
-        self._gateway = _actor(GatewayActor, group, 0).remote()
+        self.controller = _actor(ControllerActor, _in_bundle(group, 0)).remote()
+        # Where the user is: the address in the ready line must answer there.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self._gateway = _actor(GatewayActor, here).remote()
         self.workers = [
-            _actor(WorkerActor, group, rank, num_cpus=1, num_gpus=1 if on_gpu else 0, max_concurrency=2).remote(
-                self.engine.worker_config(rank), self._token
-            )
+            _actor(
+                WorkerActor, _in_bundle(group, rank), num_cpus=1, num_gpus=1 if on_gpu else 0, max_concurrency=2
+            ).remote(self.engine.worker_config(rank), self._token)
             for rank in range(self.engine.tensor_parallel_size)
         ]
 
     def _start_workers(self, stop: Callable[[], bool]) -> list[WorkerAddress]:
         self.progress.line(f"starting {len(self.workers)} worker(s)")
-        init_method = self._get(self.workers[0].rendezvous.remote(), stop)
+        init_method = self._get(self.workers[0].rendezvous.remote(), stop, "worker rank 0")
         loading = [worker.load.remote(init_method) for worker in self.workers]
         self._show_loading(loading, stop)
-        self.num_blocks = min(self._get_all(loading, stop))
+        self.num_blocks = min(self._get_all(loading, stop, "worker rank {}"))
         self.progress.line(f"KV cache: {self.num_blocks} blocks of {self.engine.block_size} tokens")
         serving = [worker.serve.remote(self.num_blocks) for worker in self.workers]
-        return self._get_all(serving, stop)
+        return self._get_all(serving, stop, "worker rank {}")
 
     def _show_loading(self, loading: list[Any], stop: Callable[[], bool]) -> None:
         while True:
@@ -169,7 +184,7 @@ class Replica:
                 raise Stopped
             if not pending or any(_failed(ref) for ref in done):
                 return
-            self.progress.weights(*ray.get(self.workers[0].progress.remote()))
+            self.progress.weights(*self._get(self.workers[0].progress.remote(), stop, "worker rank 0"))
 
     def _controller_config(self) -> ControllerConfig:
         engine = self.engine
@@ -188,13 +203,15 @@ class Replica:
         api = ApiSettings(
             config.names(engine), engine.max_model_len, engine.limits.vocab_size, internal_token=self._token
         )
-        return GatewayConfig(engine.model, api, config.host, config.grpc_port)
+        return GatewayConfig(api, config.host, config.grpc_port)
 
-    def _get(self, ref: Any, stop: Callable[[], bool], timeout: float = float("inf")) -> Any:
-        return self._get_all([ref], stop, timeout)[0]
+    def _get(self, ref: Any, stop: Callable[[], bool], who: str, timeout: float = float("inf")) -> Any:
+        return self._get_all([ref], stop, who, timeout)[0]
 
-    def _get_all(self, refs: list[Any], stop: Callable[[], bool], timeout: float = float("inf")) -> list[Any]:
-        """Their values; the first failure among them as soon as it is there. A signal interrupts the wait."""
+    def _get_all(self, refs: list[Any], stop: Callable[[], bool], who: str, timeout: float = float("inf")) -> list[Any]:
+        """Their values; the first failure among them as soon as it is there. A signal interrupts the wait.
+
+        `who` names the process that is called; a "{}" in it stands for the call's position."""
         deadline = time.monotonic() + timeout
         pending = list(refs)
         while pending:
@@ -202,10 +219,10 @@ class Replica:
                 raise Stopped
             done, pending = ray.wait(pending, num_returns=1, timeout=min(0.2, max(0.0, deadline - time.monotonic())))
             for ref in done:
-                _value(ref)
+                _value(ref, who.format(refs.index(ref)))
             if pending and time.monotonic() >= deadline:
                 raise ray.exceptions.GetTimeoutError("timed out")
-        return [_value(ref) for ref in refs]
+        return [_value(ref, who) for ref in refs]
 
 
 # -- Ray
@@ -251,17 +268,31 @@ def _check_reachable(address: str) -> None:
     if not port.isdigit() or "/" in host:
         raise LaunchError(f"--address {address!r} is not HOST:PORT of a Ray head, such as 10.0.0.1:6379")
     try:
-        socket.create_connection((host, int(port)), timeout=5).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
     except OSError as error:
         reason = error.strerror or str(error)
         raise LaunchError(f"no Ray cluster could be joined at {address!r}: {reason}") from error
+
+
+class _Pulse:
+    """Whether Ray's head has been away for some time: one lost packet is no reason to end a replica."""
+
+    def __init__(self) -> None:
+        self._misses = 0
+        self._next = 0.0
+
+    def is_gone(self) -> bool:
+        if time.monotonic() >= self._next:
+            self._misses = 0 if ray_answers() else self._misses + 1
+            self._next = time.monotonic() + 0.5
+        return self._misses >= PULSE_MISSES
 
 
 def ray_answers() -> bool:
     """Whether Ray's head is there. Calls into a Ray without one wait for a minute and then end the process."""
     host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
     try:
-        socket.create_connection((host, int(port)), timeout=2).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
     except OSError:
         return False
     return True
@@ -269,26 +300,32 @@ def ray_answers() -> bool:
 
 def _finish(calls: list[Any], timeout: float) -> None:
     """Wait for calls that end something; whatever has become of them, what comes after is tried too."""
-    deadline = time.monotonic() + timeout
-    while calls and time.monotonic() < deadline and ray_answers():
+    deadline, head = time.monotonic() + timeout, _Pulse()
+    while calls and time.monotonic() < deadline and not head.is_gone():
         _, calls = ray.wait(calls, num_returns=len(calls), timeout=0.5)
 
 
-def _actor(kind: type, group: PlacementGroup, bundle: int, num_cpus: float = 0, **options: Any) -> Any:
-    strategy = PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=bundle)
+def _in_bundle(group: PlacementGroup, bundle: int) -> PlacementGroupSchedulingStrategy:
+    return PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=bundle)
+
+
+def _actor(kind: type, strategy: object, num_cpus: float = 0, **options: Any) -> Any:
     return ray.remote(kind).options(
         num_cpus=num_cpus, scheduling_strategy=strategy, max_restarts=0, max_task_retries=0, **options
     )
 
 
-def _value(ref: Any) -> Any:
-    """The call's value; its own exception rather than Ray's wrapping of it."""
+def _value(ref: Any, who: str) -> Any:
+    """The call's value. A ValueError of the process called is the user's to read; anything else becomes a line."""
     try:
         return ray.get(ref)
     except ray.exceptions.RayTaskError as error:
-        raise error.cause from error
+        if isinstance(error.cause, ValueError):
+            raise error.cause from error
+        kind, text = type(error.cause).__name__, str(error.cause).strip() or "no message"
+        raise LaunchError(f"{who} failed to start: {kind}: {text.splitlines()[0]}") from error
     except ray.exceptions.RayActorError as error:
-        raise LaunchError(f"a process died while starting: {error}") from error
+        raise LaunchError(f"{who} died while starting; what it printed last is above") from error
 
 
 def _failed(ref: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeAlias
@@ -44,10 +45,18 @@ class GenerationServer:
         for name in ("", SERVICE):
             await self._health.set(name, status)
 
-    async def stop(self, grace: float) -> None:
-        """Refuse new calls, give those in progress `grace` seconds, end them."""
+    async def stop(self, grace: float, idle: Awaitable[None] | None = None) -> None:
+        """Refuse new calls, give those in progress `grace` seconds, or until `idle`, and end what is left.
+
+        A client that watches the server's health keeps a call open for ever: that is no reason to wait."""
         await self._health.enter_graceful_shutdown()
-        await self._server.stop(grace)
+        stopping = asyncio.ensure_future(self._server.stop(grace))
+        if idle is not None:
+            waiting = asyncio.ensure_future(idle)
+            await asyncio.wait([stopping, waiting], return_when=asyncio.FIRST_COMPLETED)
+            waiting.cancel()
+            await self._server.stop(0)
+        await stopping
 
 
 class _RequireToken(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]

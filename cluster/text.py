@@ -105,7 +105,7 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         _check_unicode(text)
-        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return _encode(self._backend, text, add_special_tokens)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
@@ -182,7 +182,7 @@ class Tokenizer:
         with self._chat_lock:
             literal = self._literal
         text = literal.controls.sub(literal.alias, rendered).replace(_GUARD, "")
-        encoded = literal.backend.encode(text, add_special_tokens=False).ids
+        encoded = _encode(literal.backend, text, False)
         if not literal.forbidden.isdisjoint(encoded):
             raise TextError("a message spells a control token that this model's tokenizer cannot write as plain text")
         return [literal.ids.get(token_id, token_id) for token_id in encoded]
@@ -248,6 +248,11 @@ class _Literal:
 
     def alias(self, match: re.Match[str]) -> str:
         return self._aliases[match[0]]
+
+
+def _encode(backend: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
+    # As a batch of one: `encode` holds the interpreter's lock for all the seconds that a long text takes.
+    return backend.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids
 
 
 class Detokenizer:

@@ -7,9 +7,8 @@ is preempted first, and the preempted come back before anybody new is let in (Pa
 
 from __future__ import annotations
 
-import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from quire.scheduler.blocks import AuditError, BlockPool
@@ -39,9 +38,8 @@ class _Draft:
 class Scheduler:
     """Single-threaded: its owner serializes all calls."""
 
-    def __init__(self, config: SchedulerConfig, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, config: SchedulerConfig) -> None:
         self.config = config
-        self.clock = clock
         self.pool = BlockPool(config.num_blocks)
         self.tables = BlockTables(self.pool, config.block_size)
         self.waiting: deque[Sequence] = deque()
@@ -62,13 +60,19 @@ class Scheduler:
         """Queue a request. Raises InvalidRequest for an id in use, QueueFull when too many wait."""
         if request.request_id in self._requests:
             raise InvalidRequest("request_id", f"a request with id {request.request_id!r} is in progress already")
-        if len(self.waiting) + request.params.n > self.config.max_num_waiting:
-            waiting, limit = len(self.waiting), self.config.max_num_waiting
-            raise QueueFull(f"{waiting} sequences wait, {request.params.n} more are too many: the limit is {limit}")
+        self._check_queue(request.params.n)
         sequences = [Sequence(request, index, self._num_arrived + index) for index in range(request.params.n)]
         self._num_arrived += len(sequences)
         self._requests[request.request_id] = sequences
         self.waiting.extend(sequences)
+
+    def _check_queue(self, n: int) -> None:
+        waiting, limit = len(self.waiting), self.config.max_num_waiting
+        if n > limit + self.config.max_num_seqs:
+            most = limit + self.config.max_num_seqs
+            raise InvalidRequest("n", f"n is {n}, but at most {most} sequences can run and wait here; lower it")
+        if waiting + n > limit + len(self._free_rows):
+            raise QueueFull(f"{waiting} sequences wait, {n} more are too many: the limit is {limit}")
 
     def cancel(self, request_id: str, index: int | None = None) -> bool:
         """End a request, or one of its samples, in whatever state; its blocks are free on return.
@@ -109,7 +113,7 @@ class Scheduler:
             sequence = running[i]
             i += 1
             gap = sequence.num_tokens - sequence.num_computed
-            if sequence.num_computed >= sequence.max_computed or (gap > 1 and not draft.spare):
+            if sequence.num_computed >= sequence.max_computed:
                 continue
             if gap > 1:
                 gap = min(gap, draft.spare + 1)

@@ -44,6 +44,9 @@ class SteppedExecutor:
         self.free_running = False
         self._plans: deque[StepPlan] = deque()
 
+    def start(self) -> None:
+        pass
+
     def submit(self, plan: StepPlan) -> None:
         self._plans.append(plan)
 
@@ -188,17 +191,72 @@ def test_a_lost_worker_ends_every_stream_and_is_named_to_newcomers():
 
 def test_a_full_queue_is_said_with_when_to_come_back():
     async def scenario() -> None:
-        async with serving() as (_, executor, stub):
+        async with serving() as (controller, executor, stub):
+            neighbour = asyncio.ensure_future(read_all(generate(stub, [1], n=100, max_tokens=50)))
+            await until(lambda: open_streams_are(controller, 1))
+            second = asyncio.ensure_future(read_all(generate(stub, [1], n=50)))
+            await until(lambda: open_streams_are(controller, 2))
             executor.run_freely()
-            neighbour = asyncio.ensure_future(read_all(generate(stub, [1], max_tokens=50)))
             with pytest.raises(grpc.aio.AioRpcError) as refusal:
-                await read_all(generate(stub, [1], n=81))
+                await second
             error = errors.from_rpc_error(refusal.value)
             assert (error.code, error.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL")
             assert error.retry_after_s == 1 and "the limit is 80" in error.message
-            assert await neighbour == expected_output([1], 3, 50)
+            assert len(await neighbour) == 100 * 50
 
     asyncio.run(scenario())
+
+
+def test_an_id_may_be_used_again_at_once_and_brings_only_its_own_tokens():
+    """The first request's last token comes back when its id belongs to somebody else already."""
+
+    async def scenario() -> None:
+        async with serving(run_ahead=0) as (controller, executor, stub):
+            first = generate(stub, [1], "same", max_tokens=2)
+            executor.permits.release()
+            while not (await first.read()).output.token_ids:
+                pass
+            first.cancel()
+            await until(lambda: open_streams_are(controller, 0))
+            second = asyncio.ensure_future(read_all(generate(stub, [7], "same", max_tokens=30)))
+            await until(lambda: open_streams_are(controller, 1))
+            executor.run_freely()
+            assert await second == expected_output([7], 3, 30)
+            await controller.audit()
+            assert (await load_of(stub)).blocks_used == 0
+
+    asyncio.run(scenario())
+
+
+def test_one_sample_can_be_ended_while_its_siblings_go_on():
+    async def scenario() -> None:
+        async with serving() as (controller, executor, stub):
+            call = generate(stub, [1, 2], "three", n=3, max_tokens=40)
+            reader = asyncio.ensure_future(read_samples(call))
+            await until(lambda: open_streams_are(controller, 1))
+            abort = asyncio.ensure_future(
+                stub.Abort(pb.AbortRequest(request_id="three", index=1), metadata=bearer(TOKEN))
+            )
+            await asyncio.sleep(0.1)
+            executor.run_freely()
+            await abort
+            tokens, ends = await reader
+            assert ends == {0: 40, 2: 40} and len(tokens[0]) == len(tokens[2]) == 40
+            await controller.audit()
+            assert (await load_of(stub)).blocks_used == 0
+
+    asyncio.run(scenario())
+
+
+async def read_samples(call: Any) -> tuple[dict[int, list[int]], dict[int, int]]:
+    tokens: dict[int, list[int]] = {}
+    ends: dict[int, int] = {}
+    async for message in call:
+        if message.HasField("output"):
+            tokens.setdefault(message.output.index, []).extend(message.output.token_ids)
+        elif message.HasField("finished"):
+            ends[message.finished.index] = message.finished.seq
+    return tokens, ends
 
 
 def test_strangers_may_not_drive_the_controller():

@@ -107,6 +107,7 @@ def make_engine(
     workers: list[tuple[subprocess.Popen[str], WorkerAddress]], step_timeout: float
 ) -> tuple[Engine, GrpcExecutor]:
     executor = GrpcExecutor([address for _, address in workers], 1, "", step_timeout)
+    executor.start()
     limits = SchedulerConfig(num_blocks=32, block_size=4, max_model_len=64, max_num_seqs=4, max_num_batched_tokens=64)
     return Engine(Scheduler(limits), executor, run_ahead=1), executor
 

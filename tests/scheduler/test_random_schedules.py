@@ -26,7 +26,7 @@ def _live(rng: random.Random) -> int:
         block_size=block_size,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_seqs + rng.randint(0, 12),
+        max_num_batched_tokens=max_num_seqs + rng.choice([0, rng.randint(0, 12)]),
         watermark=rng.choice([0.0, 0.1]),
     )
     scheduler = engine.scheduler

@@ -188,14 +188,28 @@ def test_a_preempted_sequence_waits_for_its_tokens_in_flight():
 
 
 def test_a_full_queue_and_a_used_id_are_refused_without_a_trace():
-    scheduler = make_scheduler(max_num_waiting=2)
-    scheduler.add(make_request("a", [1], n=2))
-    with pytest.raises(QueueFull, match="the limit is 2"):
+    scheduler = make_scheduler(max_num_waiting=1, max_num_seqs=1)
+    scheduler.add(make_request("a", [1], n=2))  # one runs, one waits
+    with pytest.raises(QueueFull, match="the limit is 1"):
         scheduler.add(make_request("b", [1]))
+    with pytest.raises(InvalidRequest, match="at most 2 sequences can run and wait"):
+        scheduler.add(make_request("c", [1], n=3))
     with pytest.raises(InvalidRequest, match="'a' is in progress already"):
         scheduler.add(make_request("a", [1]))
     assert scheduler.num_requests == 1 and len(scheduler.waiting) == 2
     scheduler.audit()
+
+
+def test_a_budget_of_one_token_per_sequence_still_computes_prompts():
+    scheduler = make_scheduler(max_num_seqs=2, max_num_batched_tokens=2)
+    for name in "ab":
+        scheduler.add(make_request(name, prompt(5), max_tokens=2))
+    for _ in range(20):
+        if plan := scheduler.schedule():
+            assert plan.total_tokens <= 2
+            answer(scheduler, plan)
+        scheduler.audit()
+    assert not scheduler.has_work
 
 
 def test_results_are_taken_in_order_or_not_at_all():
