@@ -222,7 +222,7 @@ def test_text_goes_upstream_as_ids_with_id_and_deadline() -> None:
     sampling = controller.request.sampling
     assert sampling.HasField("temperature") and not sampling.stop
     assert not sampling.HasField("include_stop_str_in_output")
-    assert controller.remaining is not None and 5 < controller.remaining <= 10
+    assert controller.remaining is not None and 5 < controller.remaining < 11  # gRPC rounds up
     assert controller.started is not None and controller.started.model == "alias"
     assert controller.started.seed == 7
 
