@@ -52,7 +52,7 @@ class CompletionOutput:
     logprobs: list[dict[int, Logprob]] | None = None
     """One dictionary per token, by token id: the sampled one, and the most likely ones that were asked for."""
     finish_reason: str | None = None
-    """"stop" or "length"."""
+    """"stop" or "length"; "error" where the model's logits were not numbers, which end this sample alone."""
     stop_reason: int | str | None = None
     """The stop string or stop token that ended it; None for the model's own end."""
 
@@ -117,25 +117,26 @@ class LLM:
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """Continue every prompt; results come in the prompts' order. One `params` for all, or one per prompt.
+        """Continue every prompt; results come in the prompts' order. One `sampling_params` for
+        all, or one per prompt.
 
         Raises InvalidRequest before anything runs if any of them cannot be served."""
-        return self._serve(prompts, params, use_tqdm, in_text=True)
+        return self._serve(prompts, sampling_params, use_tqdm, in_text=True)
 
     def chat(
         self,
         messages: Sequence[Mapping[str, str]] | Sequence[Sequence[Mapping[str, str]]],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """As `generate`, for one conversation or several: lists of {"role": …, "content": …}."""
         one = bool(messages) and isinstance(messages[0], Mapping)
         conversations: Any = [messages] if one else messages
         prompts = [self._require_tokenizer().encode_chat(conversation) for conversation in conversations]
-        return self._serve(prompts, params, use_tqdm, in_text=False)
+        return self._serve(prompts, sampling_params, use_tqdm, in_text=False)
 
     def close(self) -> None:
         """Free the model and end the other ranks' processes."""
@@ -160,7 +161,7 @@ class LLM:
         each = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(items)
         if len(each) != len(items):
             raise InvalidRequest(
-                "params", f"{len(items)} prompts but {len(each)} SamplingParams; give one, or one each"
+                "sampling_params", f"{len(items)} prompts but {len(each)} SamplingParams; give one, or one each"
             )
         jobs = [self._job(item, param, in_text) for item, param in zip(items, each, strict=True)]
         try:
@@ -181,7 +182,9 @@ class LLM:
 
     def _job(self, prompt: Any, params: Any, in_text: bool) -> _Job:
         if not isinstance(params, SamplingParams):
-            raise InvalidRequest("params", f"params must be SamplingParams, or a list of them, not {params!r:.80}")
+            raise InvalidRequest(
+                "sampling_params", f"sampling_params must be SamplingParams, or a list of them, not {params!r:.80}"
+            )
         text, ids = self._encode(prompt)
         seed = params.seed
         if seed is None:
@@ -252,17 +255,18 @@ class _Job:
     def take(self, event: TokenEvent) -> bool:
         """Note a token; True when a stop string ends a sample whose sequence would go on."""
         sample = self._samples[event.sequence.index]
-        if event.finish_reason is FinishReason.ERROR:
-            raise FloatingPointError(f"request {self.request.request_id}: the model's logits were not numbers")
-        sample.token_ids.append(event.token_id)
-        if event.logprobs is not None:
-            self._note_logprobs(sample, event.logprobs)
+        is_token = event.finish_reason is not FinishReason.ERROR
+        if is_token:
+            sample.token_ids.append(event.token_id)
+            if event.logprobs is not None:
+                self._note_logprobs(sample, event.logprobs)
         if event.finish_reason is not None:
             sample.finish_reason = event.finish_reason.value
             if event.finish_reason is FinishReason.STOP and event.token_id in self.request.params.stop_token_ids:
                 sample.stop_reason = event.token_id
         if self._watchers:
-            return self._watch(sample, event.token_id) and event.finish_reason is None
+            said = [event.token_id] if is_token and event.token_id not in self._silent else []
+            return self._watch(sample, said) and event.finish_reason is None
         if event.finish_reason is not None and self._tokenizer is not None:
             sample.text = self._whole_text(self._tokenizer, sample.token_ids)
         return False
@@ -277,10 +281,10 @@ class _Job:
     def output(self) -> RequestOutput:
         return RequestOutput(self.request.request_id, self.prompt, list(self.request.prompt_token_ids), self._samples)
 
-    def _watch(self, sample: CompletionOutput, token: int) -> bool:
-        """Add the token's text; True when a stop string ends the sample."""
+    def _watch(self, sample: CompletionOutput, said: list[int]) -> bool:
+        """Add these tokens' text; True when a stop string ends the sample."""
         detokenizer, stops = self._watchers[sample.index]
-        text, stop = "" if token in self._silent else detokenizer.feed([token]), None
+        text, stop = detokenizer.feed(said), None
         if len(sample.token_ids) >= self.request.params.min_tokens:
             text, stop = stops.feed(text)
         sample.text += text
@@ -293,7 +297,7 @@ class _Job:
 
     def _whole_text(self, tokenizer: Tokenizer, ids: list[int]) -> str:
         context = () if tokenizer.is_byte_level else self._context
-        said = ids[:-1] if ids[-1] in self._silent else ids
+        said = ids[:-1] if ids and ids[-1] in self._silent else ids
         skip = self.request.params.skip_special_tokens
         return tokenizer.decode([*context, *said], skip)[len(tokenizer.decode(context, skip)) :]
 

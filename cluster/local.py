@@ -11,12 +11,13 @@ import os
 import signal
 import tempfile
 from collections import deque
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from multiprocessing.connection import Connection
 
 from quire.cluster import wire
+from quire.cluster.config import ConfigError
 from quire.protos import worker_pb2
 from quire.scheduler.plan import StepPlan, StepResult
 from quire.worker.config import WorkerConfig
@@ -50,8 +51,10 @@ class LocalExecutor:
         with tempfile.TemporaryDirectory() as folder:
             init_method = f"file://{folder}/rendezvous"
             size = config.tensor_parallel_size
+            devices = _visible_gpus(size) if config.device == "cuda" and size > 1 else [None] * size
             for rank in range(1, size):
-                self._peers.append(_Peer(replace(config, rank=rank), init_method))
+                with _seeing(devices[rank]):
+                    self._peers.append(_Peer(replace(config, rank=rank), init_method))
             parallel = TensorParallel.start(0, size, init_method, config.device)
             self._exit.callback(parallel.close)
             self._runner = Runner(replace(config, rank=0), parallel)
@@ -93,6 +96,35 @@ class LocalExecutor:
         for peer in self._peers:
             peer.close()
         self._exit.close()
+
+
+def _visible_gpus(num_ranks: int) -> list[str]:
+    """What to call each rank's device in CUDA_VISIBLE_DEVICES; rank 0 takes the first by itself."""
+    import torch
+
+    count = torch.cuda.device_count()
+    if count < num_ranks:
+        raise ConfigError(
+            f"--tensor-parallel-size {num_ranks} takes as many GPUs, and {count} can be seen: lower it, or name more of"
+            " them in CUDA_VISIBLE_DEVICES"
+        )
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [str(i) for i in range(count)] if named is None else [name.strip() for name in named.split(",")][:count]
+
+
+@contextmanager
+def _seeing(device: str | None) -> Iterator[None]:
+    """A process started here has this GPU alone, whatever it imports first. None: all, as here."""
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if device is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = device
+    try:
+        yield
+    finally:
+        if device is not None:
+            os.environ.pop("CUDA_VISIBLE_DEVICES")
+            if before is not None:
+                os.environ["CUDA_VISIBLE_DEVICES"] = before
 
 
 class _Peer:

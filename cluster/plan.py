@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from quire.cluster.config import ResolvedEngine
-from quire.worker.host import cpu_pool_bytes
+from quire.worker.host import CPU_SHARE, cpu_pool_bytes, packs_bfloat16
 from quire.worker.models.checkpoint import DTYPE_BYTES, bytes_by_group, kv_head_share
 from quire.worker.models.spec import ModelError
 
@@ -35,7 +35,8 @@ class Plan:
     """Bytes for choosing the next tokens of all sequences, estimated."""
     kv_bytes_per_token: int
     budget: int | None
-    """Bytes that all of it may take together; None where memory was not told."""
+    """Bytes that all of it may take together; ranks on a CPU share what is available. None where memory was not told.
+    """
     num_blocks: int | None
     """Of the KV pool; None where its size was not told and cannot be derived. At least 0."""
     advice: tuple[str, ...] = ()
@@ -89,27 +90,16 @@ class Plan:
 
 def make_plan(engine: ResolvedEngine, memory: int | None = None, host_memory: int | None = None) -> Plan:
     """`memory`: bytes of one GPU, of which gpu_memory_utilization may be used. `host_memory`: what is available on this
-    machine, of which ranks on a CPU take their share."""
-    if engine.device == "cpu" and host_memory is not None and _pool_is_open(engine):
-        engine = replace(engine, kv_cache_memory_bytes=_cpu_pool(engine, host_memory))
+    machine, which ranks on a CPU share."""
+    memory = host_memory if engine.device == "cpu" else memory
     plan = _measure(engine, memory)
     return replace(plan, advice=tuple(_advice(plan, memory))) if plan.fits is False else plan
 
 
-def _pool_is_open(engine: ResolvedEngine) -> bool:
-    return engine.num_gpu_blocks_override is None and engine.kv_cache_memory_bytes is None
-
-
-def _cpu_pool(engine: ResolvedEngine, host_memory: int) -> int:
-    """Bytes that a worker on this machine would choose: a share of the memory, no more than its rows can use."""
-    bytes_per_block = _measure(engine, None).bytes_per_block
-    useful = engine.max_num_seqs * -(-engine.max_model_len // engine.block_size)
-    return min(cpu_pool_bytes(host_memory, engine.tensor_parallel_size), useful * bytes_per_block)
-
-
 def _measure(engine: ResolvedEngine, memory: int | None) -> Plan:
     spec, size = engine.spec, engine.tensor_parallel_size
-    by_rank = [bytes_by_group(spec, engine.dtype, rank, size) for rank in range(size)]
+    packed = engine.device == "cpu" and engine.dtype == "bfloat16" and packs_bfloat16()
+    by_rank = [bytes_by_group(spec, engine.dtype, rank, size, packed) for rank in range(size)]
     most = max(by_rank, key=lambda groups: sum(groups.values()))
     start, stop = kv_head_share(spec.num_kv_heads, 0, size)
     per_token = spec.num_layers * 2 * (stop - start) * spec.head_dim * DTYPE_BYTES[engine.dtype]
@@ -119,10 +109,16 @@ def _measure(engine: ResolvedEngine, memory: int | None) -> Plan:
         activations=_activations(engine),
         sampling=engine.max_num_seqs * spec.vocab_size * _LOGITS_BYTES,
         kv_bytes_per_token=per_token,
-        budget=None if memory is None else int(memory * engine.gpu_memory_utilization),
+        budget=None if memory is None else _budget(engine, memory),
         num_blocks=None,
     )
     return replace(plan, num_blocks=_num_blocks(plan))
+
+
+def _budget(engine: ResolvedEngine, memory: int) -> int:
+    if engine.device == "cpu":
+        return memory // engine.tensor_parallel_size
+    return int(memory * engine.gpu_memory_utilization)
 
 
 def _num_blocks(plan: Plan) -> int | None:
@@ -133,6 +129,10 @@ def _num_blocks(plan: Plan) -> int | None:
         return engine.kv_cache_memory_bytes // plan.bytes_per_block
     if plan.budget is None:
         return None
+    if engine.device == "cpu":
+        # As a worker chooses: a share of what its weights leave, no more than its rows can use.
+        room = cpu_pool_bytes(max(plan.budget - plan.weight_bytes, 0), 1)
+        return min(room // plan.bytes_per_block, engine.max_num_seqs * plan.blocks_per_sequence)
     left = plan.budget - plan.weight_bytes - plan.activations - plan.sampling
     return max(left, 0) // plan.bytes_per_block
 
@@ -163,11 +163,12 @@ def _advice(plan: Plan, memory: int | None) -> Iterator[str]:
             yield f"lower --max-num-batched-tokens to {tokens}"
             break
         tokens //= 2
-    for size in range(engine.tensor_parallel_size + 1, engine.spec.num_heads + 1):
+    # Ranks on a CPU share one memory: more of them do not help.
+    for size in range(engine.tensor_parallel_size + 1, engine.spec.num_heads + 1) if engine.device != "cpu" else ():
         if _can_cut(engine, size) and _measure(replace(engine, tensor_parallel_size=size), memory).fits:
             yield f"raise --tensor-parallel-size to {size}"
             break
-    if memory is not None and engine.gpu_memory_utilization < _UTILIZATION:
+    if memory is not None and engine.device != "cpu" and engine.gpu_memory_utilization < _UTILIZATION:
         fuller = replace(engine, gpu_memory_utilization=_UTILIZATION)
         if _measure(fuller, memory).fits:
             yield f"raise --gpu-memory-utilization to {_UTILIZATION}"
@@ -178,9 +179,20 @@ def _more_memory(plan: Plan) -> Iterator[str]:
     engine = plan.engine
     if engine.kv_cache_memory_bytes is not None and (plan.num_blocks or 0) < plan.blocks_per_sequence:
         yield f"raise --kv-cache-memory-bytes to {plan.blocks_per_sequence * plan.bytes_per_block}"
-    if plan.budget is not None:
+    if plan.budget is not None and engine.device == "cpu":
+        yield f"make {_size(_needed_on_cpu(plan) * engine.tensor_parallel_size)} of memory available"
+    elif plan.budget is not None:
         needed = -(-plan.required_bytes // engine.gpu_memory_utilization)
         yield f"take devices of at least {_size(int(needed))}"
+
+
+def _needed_on_cpu(plan: Plan) -> int:
+    """By one rank, for one sequence of max_model_len."""
+    if plan.engine.kv_cache_memory_bytes is not None or plan.engine.num_gpu_blocks_override is not None:
+        return plan.required_bytes + max((plan.num_blocks or 0) - plan.blocks_per_sequence, 0) * plan.bytes_per_block
+    others = (plan.activations + plan.sampling) / (1 - CPU_SHARE)
+    pool = plan.blocks_per_sequence * plan.bytes_per_block / CPU_SHARE
+    return plan.weight_bytes + int(max(pool, others)) + 1
 
 
 def _can_cut(engine: ResolvedEngine, size: int) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ logger = logging.getLogger(__name__)
 
 QUERY_TILE = 512
 """Queries of one prefill row computed together: bounds the mask, and spares keys after the tile's last query."""
+
+GATHERED_BYTES = 1 << 28
+"""Keys and values, padding included, that `decode_gathered` copies at once; more only for a single row."""
 
 
 def paged_attention(
@@ -130,7 +133,39 @@ def decode_gathered(
     scale: float,
     window: int | None,
 ) -> torch.Tensor:  # [B, Hq, D]
-    """All rows together, padded to the longest; the form for any device."""
+    """The form for any device: rows of similar length together, as many as GATHERED_BYTES allow."""
+    slot_bytes = 2 * kv_layer.shape[3:].numel() * kv_layer.element_size()
+    groups = list(_groups(seq_lens, kv_layer.shape[2], GATHERED_BYTES // slot_bytes))
+    if len(groups) == 1:
+        return _decode_padded(q, kv_layer, block_tables, seq_lens, scale, window)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    for group in groups:
+        rows = torch.from_numpy(group).to(q.device)
+        out[rows] = _decode_padded(q[rows], kv_layer, block_tables[rows], seq_lens[group], scale, window)
+    return out
+
+
+def _groups(seq_lens: np.ndarray, block_size: int, num_slots: int) -> Iterator[np.ndarray]:
+    """Rows, the longest first, such that a group's rows times its longest, in whole blocks, are at most `num_slots`,
+    or one row."""
+    order = np.argsort(-seq_lens.astype(np.int64), kind="stable")
+    start = 0
+    while start < len(order):
+        longest = -(-int(seq_lens[order[start]]) // block_size) * block_size
+        stop = start + max(1, num_slots // longest)
+        yield order[start:stop]
+        start = stop
+
+
+def _decode_padded(
+    q: torch.Tensor,  # [B, Hq, D]
+    kv_layer: torch.Tensor,
+    block_tables: torch.Tensor,  # [B, M]
+    seq_lens: np.ndarray,  # [B]
+    scale: float,
+    window: int | None,
+) -> torch.Tensor:  # [B, Hq, D]
+    """All rows together, padded to the longest."""
     block_size = kv_layer.shape[2]
     position = torch.arange(-(-int(seq_lens.max()) // block_size) * block_size, device=q.device)
     length = torch.from_numpy(seq_lens.astype(np.int64)).to(q.device)[:, None]

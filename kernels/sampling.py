@@ -19,8 +19,8 @@ import torch
 CHUNK_ELEMENTS = 1 << 20
 """Logits handled at once by the steps that need scratch tensors: bounds memory on a GPU, stays in cache on a CPU."""
 
-SHORT_SORT = 1024
-"""Tokens that top-p looks at before it sorts a whole row."""
+PARTIAL_SORTS = (1024, 16384)
+"""Likeliest tokens that top-p looks at before it sorts a whole row."""
 
 GOLDEN = 0x9E3779B9
 """2^32 divided by the golden ratio: spreads consecutive vocabulary indices over the 32-bit range."""
@@ -259,14 +259,20 @@ def _top_k_threshold(x: torch.Tensor, chosen: np.ndarray, top_k: np.ndarray, top
 def _top_p_threshold(x: torch.Tensor, chosen: np.ndarray, top_p: np.ndarray) -> torch.Tensor:
     """The smallest logit [m] that stays in each chosen row of [n, V], by top-p alone.
 
-    A row's likeliest SHORT_SORT tokens nearly always reach its share; only where they do not is the row sorted whole.
+    A row's likeliest tokens nearly always reach its share: the fewest are tried first, and only rows in which they do
+    not are looked at again.
     """
-    kept = x[_upload(chosen, x)]
-    last, reached = _nucleus(kept, kept.topk(min(SHORT_SORT, kept.shape[1]), dim=-1).values, top_p)
-    flat = np.flatnonzero(~reached.cpu().numpy())
-    if flat.size:
-        rows = _upload(flat, x)
-        last[rows] = _nucleus(kept[rows], kept[rows].sort(dim=-1, descending=True).values, top_p[flat])[0]
+    vocab_size = x.shape[1]
+    last = x.new_empty(len(chosen), 1)
+    flat = np.arange(len(chosen))
+    for width in (*(width for width in PARTIAL_SORTS if width < vocab_size), vocab_size):
+        kept = x[_upload(chosen[flat], x)]
+        whole = width == vocab_size
+        ordered = (kept.sort(dim=-1, descending=True) if whole else kept.topk(width, dim=-1)).values
+        last[_upload(flat, x)], reached = _nucleus(kept, ordered, top_p[flat])
+        if whole or reached.all():
+            break
+        flat = flat[~reached.cpu().numpy()]
     return last[:, 0]
 
 

@@ -6,6 +6,7 @@ Names and ranges are those of the OpenAI API and vLLM.
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -16,6 +17,7 @@ MAX_STOP_LENGTH = 256
 MAX_STOP_TOKEN_IDS = 128
 MAX_LOGIT_BIAS = 1024
 MAX_TEMPERATURE = 100.0
+MAX_TOP_K = (1 << 31) - 1
 
 
 class InvalidRequest(ValueError):
@@ -30,6 +32,10 @@ class QueueFull(RuntimeError):
     """Too many requests wait already; try again later."""
 
 
+class DefaultTokens(int):
+    """A max_tokens that nobody asked for: as many, or what there is room for."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How to continue a prompt. Raises InvalidRequest, naming the field, for a value out of range."""
@@ -37,8 +43,9 @@ class SamplingParams:
     n: int = 1
     """Independent samples of the prompt."""
 
-    max_tokens: int | None = 16
-    """Output tokens at most; None: as many as the model's context leaves room for."""
+    max_tokens: int | None = DefaultTokens(16)
+    """Output tokens at most; None: as many as the model's context leaves room for. Given, there must be room for them;
+    the default is lowered to what there is."""
 
     min_tokens: int = 0
     """Output tokens before which no end-of-sequence or stop token is sampled."""
@@ -87,9 +94,11 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         stop = [self.stop] if isinstance(self.stop, str) else self.stop
-        object.__setattr__(self, "stop", tuple(stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        object.__setattr__(self, "top_k", max(self.top_k, 0) if self.top_k >= -1 else self.top_k)
+        # None stands for the default here, as in vLLM.
+        object.__setattr__(self, "stop", tuple(stop or ()))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
+        object.__setattr__(self, "top_k", 0 if self.top_k in (-1, None) else self.top_k)
         self._check_counts()
         self._check_floats()
         self._check_lists()
@@ -99,7 +108,7 @@ class SamplingParams:
         if self.max_tokens is not None:
             _require_int("max_tokens", self.max_tokens, 1, None)
         _require_int("min_tokens", self.min_tokens, 0, self.max_tokens)
-        _require_int("top_k", self.top_k, 0, None)
+        _require_int("top_k", self.top_k, 0, MAX_TOP_K)
         if self.logprobs is not None:
             _require_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         if self.seed is not None:
@@ -111,11 +120,9 @@ class SamplingParams:
         _require_float("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _require_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _require_float("top_p", self.top_p, 0.0, 1.0)
-        if self.top_p == 0:
+        if _float32(self.top_p) == 0:
             raise InvalidRequest("top_p", "top_p must be above 0 and at most 1; for greedy output set temperature to 0")
-        _require_float("repetition_penalty", self.repetition_penalty, 0.0, 100.0)
-        if self.repetition_penalty == 0:
-            raise InvalidRequest("repetition_penalty", "repetition_penalty must be above 0; 1 turns it off")
+        _require_float("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
 
     def _check_lists(self) -> None:
         _require_at_most("stop", len(self.stop), MAX_STOP_STRINGS)
@@ -142,8 +149,18 @@ def _require_int(name: str, value: object, low: int, high: int | None) -> None:
 def _require_float(name: str, value: object, low: float, high: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise InvalidRequest(name, f"{name} must be a number, not {value!r}")
-    if not math.isfinite(value) or not low <= value <= high:
-        raise InvalidRequest(name, f"{name} must be between {low:g} and {high:g}, not {value:g}")
+    rounded = _float32(value)
+    if not _float32(low) <= rounded <= _float32(high):  # not a number is refused too
+        raise InvalidRequest(name, f"{name} must be between {low:g} and {high:g}, not {rounded:g}")
+
+
+def _float32(value: float) -> float:
+    """As it is on the wire and in a worker: what passes here must pass there."""
+    try:
+        rounded: float = struct.unpack("f", struct.pack("f", value))[0]
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+    return rounded
 
 
 def _require_at_most(name: str, count: int, limit: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from quire.scheduler.params import InvalidRequest, SamplingParams
+from quire.scheduler.params import DefaultTokens, InvalidRequest, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +41,13 @@ class Request:
         _check_prompt(prompt, limits)
         _check_token_ids(params, limits)
         room = limits.max_model_len - len(prompt)
-        if params.max_tokens is not None and params.max_tokens > room:
+        max_tokens = room if params.max_tokens is None else params.max_tokens
+        if isinstance(max_tokens, DefaultTokens):
+            max_tokens = min(max_tokens, room)
+        if max_tokens > room:
             raise InvalidRequest(
                 "max_tokens",
-                f"max_tokens is {params.max_tokens}, but the prompt's {len(prompt)} tokens leave room for {room} of the"
+                f"max_tokens is {max_tokens}, but the prompt's {len(prompt)} tokens leave room for {room} of the"
                 f" {limits.max_model_len} tokens of context; lower it, or leave it out to use what there is",
             )
         if params.min_tokens > room:
@@ -56,7 +59,7 @@ class Request:
             params=params,
             seed=seed & ((1 << 64) - 1),
             stop_token_ids=frozenset(eos).union(params.stop_token_ids),
-            max_len=len(prompt) + (room if params.max_tokens is None else params.max_tokens),
+            max_len=len(prompt) + max_tokens,
         )
 
     def sample_seed(self, index: int) -> int:

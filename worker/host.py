@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 
 CPU_SHARE = 0.4
@@ -18,6 +20,25 @@ def available_memory(meminfo: Path = Path("/proc/meminfo"), control_group: Path 
         used = int((control_group / "memory.current").read_text()) - stat["active_file"] - stat["inactive_file"]
         available = min(available, int(most) - used)
     return max(available, 0)
+
+
+def usable_cores(control_group: Path = Path("/sys/fs/cgroup")) -> int:
+    """The cores that this process may run on, no more than its control group's share of time."""
+    cores = len(os.sched_getaffinity(0))
+    limit = control_group / "cpu.max"
+    if limit.exists():
+        quota, period = limit.read_text().split()
+        if quota != "max":
+            cores = min(cores, max(1, -(-int(quota) // int(period))))
+    return cores
+
+
+def packs_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether weights in bfloat16 are laid out anew on this CPU: where oneDNN computes in it."""
+    if not cpuinfo.is_file():
+        return False
+    flags = set(re.findall(r"\w+", cpuinfo.read_text(encoding="utf-8")))
+    return {"avx512bw", "avx512vl", "avx512dq"} <= flags or bool(flags & {"avx_ne_convert", "bf16"})
 
 
 def _table(path: Path) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Tensor parallelism: which part of everything is this rank's, and the two collectives that put parts together.
+"""Tensor parallelism: which part of everything is this rank's, and the collectives that put parts together.
 
 Passed to whoever needs it; with one rank every operation is the identity and no process group exists. All ranks
 issue the same collectives in the same order.
@@ -66,6 +66,12 @@ class TensorParallel:
         parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.size)]
         dist.all_gather(parts, x.contiguous(), group=self.group)
         return torch.cat(parts, dim)
+
+    def broadcast(self, x: torch.Tensor) -> torch.Tensor:
+        """What rank 0 has, in place on the others; shapes are equal."""
+        if self.size > 1:
+            dist.broadcast(x, src=0, group=self.group)
+        return x
 
     def close(self) -> None:
         if self.group is not None:

@@ -1,12 +1,11 @@
 """One rank's runtime: takes a plan, computes it, reports the tokens.
 
 Invariant: a step is a function of the plan and of what earlier plans left in rows and pool; every rank runs the same
-steps in the same order and samples the same tokens from the same logits. Knows neither Ray nor gRPC.
+steps in the same order and goes on with the tokens that rank 0 samples. Knows neither Ray nor gRPC.
 """
 
 from __future__ import annotations
 
-import os
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ import torch
 from quire.protos import worker_pb2
 from quire.worker.batch import Batch, build_batch
 from quire.worker.config import WorkerConfig
+from quire.worker.host import usable_cores
 from quire.worker.memory import count_blocks
 from quire.worker.models.spec import ModelSpec
 from quire.worker.parallel import TensorParallel
@@ -103,7 +103,8 @@ class Runner:
         longest = min(2 * config.block_size + 1, config.max_model_len - 1, config.max_num_batched_tokens)
         is_room = longest < config.max_num_batched_tokens and config.max_num_seqs > 1
         for sampling in (GREEDY, COSTLIEST):
-            self._rehearse([longest, 1] if is_room else [longest], sampling, num_decodes=1)
+            lengths = [longest, 1] if is_room else [longest]
+            self._rehearse([(length, 0) for length in lengths], sampling, num_decodes=1)
 
     @torch.inference_mode()
     def run(self, plan: worker_pb2.StepPlan) -> worker_pb2.StepReport:
@@ -139,7 +140,7 @@ class Runner:
     def _step(
         self, table: RowTable, pool: KVPool, plan: worker_pb2.StepPlan
     ) -> tuple[np.ndarray, list[worker_pb2.RowLogprobs]]:
-        """Tokens [S] on the host, and log-probabilities of the rows that asked."""
+        """Tokens [S] on the host, and, on rank 0, log-probabilities of the rows that asked."""
         work = table.apply(plan)
         if not work.rows.size:
             return NO_TOKENS, []
@@ -152,11 +153,15 @@ class Runner:
     def _sample(
         self, table: RowTable, work: Work, hidden: torch.Tensor
     ) -> tuple[torch.Tensor, list[worker_pb2.RowLogprobs]]:
-        if not work.sampling.size:
-            return torch.empty(0, dtype=torch.int64, device=self._device), []
         rows = work.sampling_rows
+        tokens, logprobs = torch.empty(len(rows), dtype=torch.int64, device=self._device), []
+        if not rows.size:
+            return tokens, logprobs
         logits = self.decoder.logits(hidden)
-        return table.sampler.sample(logits, rows, table.num_prompt[rows], table.num_known[rows], table.token_ids)
+        if self.config.rank == 0:
+            known = table.num_known[rows]
+            tokens, logprobs = table.sampler.sample(logits, rows, table.num_prompt[rows], known, table.token_ids)
+        return self.tp.broadcast(tokens), logprobs
 
     def _table_size(self, num_blocks: int) -> TableSize:
         return TableSize(
@@ -169,31 +174,39 @@ class Runner:
         )
 
     def _worst_step(self) -> None:
-        """As many rows and tokens as a step can have, every row sampling in the costliest way."""
+        """The steps that need the most memory, every row sampling in the costliest way: as many rows and tokens as a
+        step can have; the last chunk of the longest prompt; and single tokens after contexts of all lengths."""
         config = self.config
+        longest = config.max_model_len
         rows = min(config.max_num_seqs, config.max_num_batched_tokens)
-        each, more = divmod(min(config.max_num_batched_tokens, rows * config.max_model_len), rows)
-        self._rehearse([each + (i < more) for i in range(rows)], COSTLIEST, num_decodes=0)
+        each, more = divmod(min(config.max_num_batched_tokens, rows * longest), rows)
+        self._rehearse([(each + (i < more), 0) for i in range(rows)], COSTLIEST, num_decodes=0)
+        self._rehearse([(longest, max(0, longest - config.max_num_batched_tokens))], COSTLIEST, num_decodes=0)
+        lengths = [max(1, longest // (1 + i)) for i in range(rows)]
+        self._rehearse([(length, length - 1) for length in lengths], COSTLIEST, num_decodes=0)
 
     @torch.inference_mode()
-    def _rehearse(self, lengths: Sequence[int], sampling: worker_pb2.Sampling, num_decodes: int) -> None:
-        """Prompts of these lengths in one step, then steps of one token each."""
+    def _rehearse(
+        self, sequences: Sequence[tuple[int, int]], sampling: worker_pb2.Sampling, num_decodes: int
+    ) -> None:
+        """Prompts, given by length and how much of it counts as computed, in one step; then steps of one token each."""
         table = RowTable(self._table_size(SCRATCH_BLOCKS), self._device)
         pool = KVPool(self._block_shape, SCRATCH_BLOCKS, self._device)
         admits = []
-        for row, length in enumerate(lengths):
+        for row, (length, num_computed) in enumerate(sequences):
             num_blocks = -(-(length + num_decodes) // self.config.block_size)
             admits.append(
                 worker_pb2.Admit(
                     row=row,
                     token_ids=bytes(4 * length),
                     num_prompt_tokens=length,
+                    num_computed_tokens=num_computed,
                     block_ids=(np.arange(num_blocks, dtype="<i4") % SCRATCH_BLOCKS).tobytes(),
                     sampling=sampling,
                 )
             )
-        rows = np.arange(len(lengths), dtype="<i4").tobytes()
-        num_tokens = np.array(lengths, "<i4").tobytes()
+        rows = np.arange(len(sequences), dtype="<i4").tobytes()
+        num_tokens = np.array([length - num_computed for length, num_computed in sequences], "<i4").tobytes()
         self._step(table, pool, worker_pb2.StepPlan(admits=admits, rows=rows, num_tokens=num_tokens))
         for _ in range(num_decodes):
             self._step(table, pool, worker_pb2.StepPlan(rows=rows))
@@ -201,4 +214,4 @@ class Runner:
 
 def default_threads(num_ranks: int) -> int:
     """The cores that this process may use, divided by the ranks on the machine."""
-    return max(1, len(os.sched_getaffinity(0)) // num_ranks)
+    return max(1, usable_cores() // num_ranks)

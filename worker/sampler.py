@@ -66,7 +66,8 @@ class RowSettings:
 
 
 def _check_numbers(message: worker_pb2.Sampling, vocab_size: int) -> None:
-    # Written so that NaN fails.
+    # What a request may ask for has been checked, as float32: a refusal here means that the two disagree. Written so
+    # that NaN fails.
     valid = {
         "temperature": 0 <= message.temperature < np.inf,
         "top_k": message.top_k >= 0,

@@ -61,7 +61,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
                 self._claim(plan, context)
                 yield self._step(plan, context)
         except Refusal as refusal:
-            context.abort(refusal.code, str(refusal))
+            # Trailers hold eight kilobytes, and errors of collectives can be longer.
+            context.abort(refusal.code, str(refusal)[:1000])
 
     def Describe(
         self, _request: worker_pb2.DescribeRequest, _context: grpc.ServicerContext

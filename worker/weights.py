@@ -17,7 +17,16 @@ import torch
 from safetensors import safe_open
 
 from quire.worker.config import WorkerConfig
-from quire.worker.models.checkpoint import Group, TensorSpec, bounds, local_shape, open_checkpoint, tensors
+from quire.worker.models.checkpoint import (
+    HEAD,
+    Group,
+    TensorSpec,
+    bounds,
+    local_shape,
+    not_tied,
+    open_checkpoint,
+    tensors,
+)
 from quire.worker.models.decoder import Decoder
 from quire.worker.models.spec import ModelError, ModelSpec
 from quire.worker.parallel import TensorParallel
@@ -25,6 +34,8 @@ from quire.worker.parallel import TensorParallel
 Progress = Callable[[int, int], None]
 Stream = Iterator[tuple[TensorSpec, torch.Tensor]]
 
+COMPARED_ROWS = 4096
+"""Of an embedding and its copy at once."""
 DUMMY_STD = 0.02
 DUMMY_CHUNK = 1 << 20
 """Elements that are drawn at once, a whole number of rows: the unit that a cut by rows can skip."""
@@ -67,14 +78,30 @@ def fill(model: Decoder, stream: Stream, progress: Callable[[int], None]) -> Non
 def _safetensors(folder: str, spec: ModelSpec, tp: TensorParallel) -> Stream:
     stored = open_checkpoint(folder, spec)
     with ExitStack() as stack:
-        files: dict[str, Any] = {}
+        files: dict[Path, Any] = {}
+
+        def opened(name: str) -> Any:
+            place = stored[name]
+            if place.file not in files:
+                files[place.file] = stack.enter_context(safe_open(str(place.file), framework="pt", device="cpu"))
+            return files[place.file].get_slice(place.name)
+
         for tensor in tensors(spec):
-            place = stored[tensor.name]
-            path = str(place.file)
-            if path not in files:
-                files[path] = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
-            cut = tuple(slice(start, stop) for start, stop in bounds(tensor, spec, tp.rank, tp.size))
-            yield tensor, files[path].get_slice(place.name)[cut]
+            cut = bounds(tensor, spec, tp.rank, tp.size)
+            data = opened(tensor.name)[tuple(slice(*bound) for bound in cut)]
+            if tensor.parameter == "embedding.weight" and HEAD in stored and spec.tied_head:
+                if not _equal(data, opened(HEAD), first=cut[0][0]):
+                    raise not_tied(stored[HEAD].file)
+            yield tensor, data
+
+
+def _equal(data: torch.Tensor, stored: Any, first: int) -> bool:
+    """Whether the stored tensor has these rows from row `first` on."""
+    for start in range(0, len(data), COMPARED_ROWS):
+        rows = data[start : start + COMPARED_ROWS]
+        if not torch.equal(rows, stored[first + start : first + start + len(rows)].to(rows.dtype)):
+            return False
+    return True
 
 
 def _dummy(spec: ModelSpec, tp: TensorParallel, seed: int) -> Stream:

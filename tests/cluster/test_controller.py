@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 from collections import deque
 from collections.abc import AsyncIterator
@@ -12,6 +13,7 @@ from typing import Any
 import grpc
 import pytest
 from fake_worker import VOCAB, FakeWorker, expected_output
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from quire.cluster import errors
 from quire.cluster.controller import Controller, ControllerConfig, EngineThread
@@ -281,6 +283,36 @@ def test_draining_lets_open_requests_finish_and_refuses_new_ones():
             executor.run_freely()
             assert await reader == expected_output([1], 3, 30)
             await drained
+
+    asyncio.run(scenario())
+
+
+def test_a_worker_that_never_answered_is_noticed_before_anybody_asks():
+    async def scenario() -> None:
+        with socket.socket() as closed:  # bound, but nobody listens
+            closed.bind(("127.0.0.1", 0))
+            target = f"127.0.0.1:{closed.getsockname()[1]}"
+            config = ControllerConfig(LIMITS, ModelLimits(VOCAB, LIMITS.max_model_len), step_timeout=60)
+            controller = Controller(config, pb.ModelInfo(model="m"))
+            controller.connect([WorkerAddress(0, target, 5)], 1, TOKEN)
+            assert "worker rank 0" in await asyncio.wait_for(controller.failure(), 10)
+            await controller.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_health_watch_does_not_keep_a_server_from_stopping():
+    async def scenario() -> None:
+        server = GenerationServer(lambda s: None, WORKER_SERVER_OPTIONS)
+        port = await server.start("127.0.0.1:0")
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+            assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+
+            async def idle() -> None:
+                await asyncio.sleep(0.05)
+
+            await asyncio.wait_for(server.stop(60, idle()), 5)
 
     asyncio.run(scenario())
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from math import prod
 from pathlib import Path
@@ -19,6 +19,7 @@ from quire.worker.models.spec import ModelError, ModelSpec
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 FILE_DTYPES = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8}
 """Element types of a safetensors file that can be cast on loading, and their bytes."""
+HEAD = "lm_head.weight"
 HEADER_LIMIT = 100_000_000
 """The safetensors format's own limit."""
 
@@ -103,9 +104,15 @@ def local_shape(tensor: TensorSpec, spec: ModelSpec, rank: int, size: int) -> tu
     return tuple(stop - start for start, stop in bounds(tensor, spec, rank, size))
 
 
-def bytes_by_group(spec: ModelSpec, dtype: str, rank: int = 0, size: int = 1) -> dict[Group, int]:
-    """Bytes of one rank's weights; a tied head counts as embedding."""
+def bytes_by_group(
+    spec: ModelSpec, dtype: str, rank: int = 0, size: int = 1, packed: bool = False
+) -> dict[Group, int]:
+    """Bytes of one rank's weights; a tied head counts as embedding. `packed`: weights are laid out for fast products,
+    and a tied head is then a copy of the embedding, which stays as it is."""
     total = dict.fromkeys(Group, 0)
+    if packed and spec.tied_head:
+        start, stop = share(spec.vocab_size, rank, size)
+        total[Group.HEAD] = (stop - start) * spec.embedding_size * DTYPE_BYTES[dtype]
     for tensor in tensors(spec):
         total[tensor.group] += prod(local_shape(tensor, spec, rank, size)) * DTYPE_BYTES[dtype]
     return total
@@ -219,7 +226,7 @@ def _head(spec: ModelSpec, names: _Names) -> Iterator[TensorSpec]:
         name = f"{names.root}project_out.weight"
         yield TensorSpec(name, (width, hidden), Cut.REPLICATED, Group.HEAD, "project_out.weight")
     if not spec.tied_head:
-        yield TensorSpec("lm_head.weight", (spec.vocab_size, width), Cut.VOCABULARY, Group.HEAD, "head.weight")
+        yield TensorSpec(HEAD, (spec.vocab_size, width), Cut.VOCABULARY, Group.HEAD, "head.weight")
 
 
 def _norm(spec: ModelSpec, name: str, parameter: str) -> Iterator[TensorSpec]:
@@ -244,8 +251,8 @@ class _Found:
 
 
 def open_checkpoint(folder: str | Path, spec: ModelSpec) -> dict[str, StoredTensor]:
-    """Where each tensor of the table lies, by the table's name. Raises ModelError at the first thing that is not
-    exactly as expected; reads headers only."""
+    """Where each tensor of the table lies, by the table's name, and where a tied head is stored beside its embedding,
+    HEAD. Raises ModelError at the first thing that is not exactly as expected; reads headers only."""
     folder = Path(folder)
     found: dict[str, _Found] = {}
     for file in _files(folder):
@@ -255,15 +262,30 @@ def open_checkpoint(folder: str | Path, spec: ModelSpec) -> dict[str, StoredTens
                 raise ModelError(f"{file}: tensor {tensor.name} is also in {found[name].file.name}; remove one of them")
             found[name] = tensor
     expected = {tensor.name: tensor for tensor in tensors(spec)}
+    if spec.tied_head and HEAD in found:
+        embedding = next(tensor for tensor in expected.values() if tensor.parameter == "embedding.weight")
+        if embedding.name not in found:  # converted by way of a format that keeps one of the two
+            found[embedding.name] = found.pop(HEAD)
+        elif found[HEAD].shape != embedding.shape:
+            raise not_tied(found[HEAD].file)
+        else:
+            expected[HEAD] = replace(embedding, name=HEAD)
     for name, wanted in expected.items():
         _check(folder, wanted, found.get(name))
     for name, extra in found.items():
-        if name not in expected and not _harmless(name, spec):
+        if name not in expected and not _harmless(name):
             raise ModelError(
                 f"{extra.file}: unexpected tensor {extra.name} of shape {list(extra.shape)}: {spec.architecture} as "
                 "described by config.json has no place for it; config and weights do not belong together"
             )
     return {name: StoredTensor(found[name].file, found[name].name) for name in expected}
+
+
+def not_tied(file: Path) -> ModelError:
+    return ModelError(
+        f"{file}: {HEAD} differs from the embedding, though config.json ties them (tie_word_embeddings): set "
+        "tie_word_embeddings to false"
+    )
 
 
 def _check(folder: Path, expected: TensorSpec, found: _Found | None) -> None:
@@ -290,9 +312,9 @@ def _canonical(name: str, spec: ModelSpec) -> str:
     return f"model.{name}" if spec.architecture == "OPTForCausalLM" and name.startswith("decoder.") else name
 
 
-def _harmless(name: str, spec: ModelSpec) -> bool:
-    """Buffers that old versions of transformers saved, and the second copy of a tied head."""
-    return name.endswith((".rotary_emb.inv_freq", ".masked_bias")) or (name == "lm_head.weight" and spec.tied_head)
+def _harmless(name: str) -> bool:
+    """Buffers that old versions of transformers saved."""
+    return name.endswith((".rotary_emb.inv_freq", ".masked_bias"))
 
 
 def _files(folder: Path) -> list[Path]:

@@ -5,6 +5,8 @@ Invariant: every rank holds the same hidden states between layers; inside attent
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import nn
 
@@ -73,8 +75,9 @@ class Decoder(nn.Module):
         device = torch.device(device)
         hidden, width = spec.hidden_size, spec.embedding_size
         self.spec = spec
-        self.weight_bytes = sum(bytes_by_group(spec, str(dtype).removeprefix("torch."), tp.rank, tp.size).values())
-        """Of this rank; a tied head counts once."""
+        self._count_bytes = partial(bytes_by_group, spec, str(dtype).removeprefix("torch."), tp.rank, tp.size)
+        self.weight_bytes = sum(self._count_bytes().values())
+        """Of this rank; a tied head counts once, unless it is packed."""
         self.num_local_kv_heads = len(range(*kv_head_share(spec.num_kv_heads, tp.rank, tp.size)))
         self.embedding = TokenEmbedding(spec.vocab_size, width, tp, dtype, device)
         self.positions = self.cos_sin = None
@@ -98,6 +101,7 @@ class Decoder(nn.Module):
         for module in self.modules():
             if isinstance(module, Linear | Head):
                 module.pack()
+        self.weight_bytes = sum(self._count_bytes(packed=self.head.packed is not None).values())
 
     @torch.inference_mode()
     def forward(self, batch: Batch, kv: torch.Tensor) -> torch.Tensor:

@@ -63,9 +63,9 @@ class ModelSpec:
     head_dim: int
     intermediate_size: int
     max_position_embeddings: int
+    """Longest context, as the scaling of rotary positions makes it."""
     dtype: str
     """Of the checkpoint: one of DTYPES."""
-    bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
 
     norm: Literal["rms", "layer"]
@@ -221,8 +221,7 @@ def _common(config: _Config, architecture: str) -> Json:
     dtype = str(config.value("dtype", config.value("torch_dtype", "float32"))).removeprefix("torch.")
     if dtype not in DTYPES:
         raise config.error("dtype", f"{dtype} is not supported; convert the model to one of {', '.join(DTYPES)}")
-    bos = config.token_ids("bos_token_id", None)
-    return {"architecture": architecture, "dtype": dtype, "bos_token_id": bos[0] if bos else None}
+    return {"architecture": architecture, "dtype": dtype}
 
 
 def _activation(config: _Config, key: str, default: str) -> str:
@@ -258,7 +257,6 @@ LLAMA: Json = {
     "num_key_value_heads": None,  # as many as attention heads
     "head_dim": None,  # hidden_size / attention heads
     "max_position_embeddings": 2048,
-    "bos_token_id": 1,
     "eos_token_id": 2,
 }
 MISTRAL: Json = LLAMA | {"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072}
@@ -267,7 +265,6 @@ QWEN2: Json = LLAMA | {
     "intermediate_size": 22016,
     "num_key_value_heads": 32,
     "max_position_embeddings": 32768,
-    "bos_token_id": None,
     "eos_token_id": None,
 }
 QWEN3: Json = QWEN2 | {"head_dim": 128}
@@ -317,7 +314,7 @@ def _rotary_decoder(
     head_dim = config.size("head_dim", head_dim)
     if head_dim % 2:
         raise config.error("head_dim", f"rotary positions need an even head size, found {head_dim}; correct the config")
-    max_positions = config.size("max_position_embeddings", family["max_position_embeddings"])
+    rope, max_positions = _rope(config, config.size("max_position_embeddings", family["max_position_embeddings"]))
     fields: Json = {
         "vocab_size": config.size("vocab_size", family["vocab_size"]),
         "hidden_size": hidden_size,
@@ -333,7 +330,7 @@ def _rotary_decoder(
         "norm_affine": True,
         "norm_first": True,
         "final_norm": True,
-        "rope": _rope(config, max_positions),
+        "rope": rope,
         "position_offset": 0,
         "activation": _gate(config),
         "gated": True,
@@ -345,10 +342,7 @@ def _rotary_decoder(
         "embedding_size": hidden_size,
         "windows": (None,) * num_layers,
     }
-    common = _common(config, architecture)
-    if "bos_token_id" not in config.raw:
-        common["bos_token_id"] = family["bos_token_id"]
-    return ModelSpec(**(common | fields | differences))
+    return ModelSpec(**(_common(config, architecture) | fields | differences))
 
 
 def _qwen_windows(config: _Config) -> tuple[int | None, ...]:
@@ -370,8 +364,10 @@ def _qwen_windows(config: _Config) -> tuple[int | None, ...]:
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
-def _rope(config: _Config, max_positions: int) -> Rope:
-    """transformers 5 writes `rope_parameters`, transformers 4 `rope_theta` and, when scaled, `rope_scaling`."""
+def _rope(config: _Config, max_positions: int) -> tuple[Rope, int]:
+    """Rotary positions, and the longest context with them: `max_positions`, or what linear and yarn stretch the
+    original length to. transformers 5 writes `rope_parameters`, transformers 4 `rope_theta` and, when scaled,
+    `rope_scaling`."""
     key = "rope_parameters" if config.raw.get("rope_parameters") else "rope_scaling"
     raw = config.value(key, {})
     if not isinstance(raw, dict) or any(isinstance(value, dict) for value in raw.values()):
@@ -384,7 +380,7 @@ def _rope(config: _Config, max_positions: int) -> Rope:
     if theta <= 0:
         raise config.error("rope_theta", f"expected a positive number, found {theta}; correct the config")
     if kind == "default":
-        return Rope(theta)
+        return Rope(theta), max_positions
     if kind not in ("linear", "llama3", "yarn"):
         raise config.error(
             f"{key}.rope_type",
@@ -394,25 +390,27 @@ def _rope(config: _Config, max_positions: int) -> Rope:
     factor = rope.number("factor", 0.0)
     if factor < 1.0:
         raise config.error(f"{key}.factor", f"expected a number of at least 1, found {raw.get('factor')!r}")
-    if kind == "linear":
-        return Rope(theta, "linear", factor)
     original = config.raw.get("original_max_position_embeddings") or raw.get("original_max_position_embeddings")
     scaled = _Config(config.path, {"original_max_position_embeddings": original})
-    length = float(scaled.size("original_max_position_embeddings", max_positions))
+    length = scaled.size("original_max_position_embeddings", max_positions)
     if kind == "llama3":
         low, high = rope.number("low_freq_factor", 0.0), rope.number("high_freq_factor", 0.0)
         if not 0 < low < high:
             raise config.error(f"{key}.low_freq_factor", f"expected 0 < low < high_freq_factor, found {low} and {high}")
-        return Rope(theta, "llama3", factor, int(length), low, high)
+        return Rope(theta, "llama3", factor, length, low, high), max_positions
+    # Configs are published with the length before scaling (Qwen's instructions add the scaling alone) and after it.
+    longest = max(max_positions, int(min(length * factor, LARGEST["max_position_embeddings"])))
+    if kind == "linear":
+        return Rope(theta, "linear", factor), longest
 
     def optional(name: str) -> float | None:
         return rope.number(name, 0.0) or None
 
-    return Rope(
+    yarn = Rope(
         theta,
         "yarn",
         factor,
-        int(length),
+        length,
         beta_fast=optional("beta_fast") or 32.0,
         beta_slow=optional("beta_slow") or 1.0,
         attention_factor=optional("attention_factor"),
@@ -420,6 +418,7 @@ def _rope(config: _Config, max_positions: int) -> Rope:
         mscale_all_dim=optional("mscale_all_dim"),
         truncate=rope.flag("truncate", True),
     )
+    return yarn, longest
 
 
 # -- OPT: layer norm, learned positions, plain MLP ---------------------------------------------------------------------
@@ -431,11 +430,8 @@ def _opt(config: _Config, architecture: str, eos: EosTokenIds) -> ModelSpec:
     num_layers = config.size("num_hidden_layers", 12)
     bias = config.flag("enable_bias", True)
     norm_first = config.flag("do_layer_norm_before", True)
-    common = _common(config, architecture)
-    if "bos_token_id" not in config.raw:
-        common["bos_token_id"] = 2
     return ModelSpec(
-        **common,
+        **_common(config, architecture),
         vocab_size=config.size("vocab_size", 50272),
         hidden_size=hidden_size,
         num_layers=num_layers,
