@@ -33,6 +33,7 @@ from quire.scheduler.config import SchedulerConfig
 logger = logging.getLogger(__name__)
 
 NAMESPACE = "quire"
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 PLACEMENT_TIMEOUT_S = 60.0
 PULSE_MISSES = 5
 STEP_TIMEOUT_S = {"cuda": 30.0, "cpu": 120.0}
@@ -49,6 +50,10 @@ def serve(config: ServeConfig) -> int:
     progress = Progress(sys.stderr)
     engine = resolve(config.engine)
     _check_port(config.host, config.grpc_port)
+    if config.host not in LOOPBACK:
+        progress.line(
+            f"listening on {config.host}: whoever reaches this port can use the model, there is no authentication"
+        )
     # In this order: Ray installs handlers of its own when it starts.
     with connection(config.address, engine.tensor_parallel_size, progress), _signals() as stop:
         if config.address is not None and config.engine.device == "auto":
@@ -109,13 +114,12 @@ class Replica:
 
     def wait(self, stop: Callable[[], bool]) -> str | None:
         """Returns None when a signal came, else why the replica failed."""
-        failure = self.controller.failure.remote()
-        gateway = self._gateway.failure.remote()
+        watches = {self.controller.failure.remote(): "controller", self._gateway.failure.remote(): "gateway"}
         head = _Pulse()
         while not stop():
-            done, _ = ray.wait([failure, gateway], num_returns=1, timeout=0.2)
+            done, _ = ray.wait(list(watches), num_returns=1, timeout=0.2)
             if done:
-                return _outcome(done[0])
+                return _outcome(done[0], watches[done[0]])
             if head.is_gone():
                 return "Ray's head is gone"
         return None
@@ -336,12 +340,12 @@ def _failed(ref: Any) -> bool:
     return False
 
 
-def _outcome(ref: Any) -> str:
+def _outcome(ref: Any, who: str) -> str:
     """What a watch returned, or that the watched process is gone."""
     try:
         return str(ray.get(ref))
-    except ray.exceptions.RayError as error:
-        return f"a process is gone: {error}"
+    except ray.exceptions.RayError:
+        return f"the {who}'s process is gone"
 
 
 def _describe_shortage(bundles: list[dict[str, float]]) -> str:

@@ -70,7 +70,7 @@ class GenerationServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Generate(self, request, context):
-        """Stream the tokens of one request as they are made.
+        """Stream the tokens of one request as they are made. A request has at most 8 MiB; a larger one is RESOURCE_EXHAUSTED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

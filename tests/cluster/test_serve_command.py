@@ -149,6 +149,17 @@ def test_a_second_signal_ends_at_once_and_leaves_nothing(start):
     assert server.nothing_is_left(), server.names()
 
 
+@pytest.mark.parametrize(("kind", "sentence"), [("Controller", "controller"), ("Gateway", "gateway's process is gone")])
+def test_a_dead_controller_or_gateway_ends_serve(start, kind, sentence):
+    server = start()
+    server.wait_ready()
+    (pid,) = server.processes(f"ray::{kind}Actor")
+    os.kill(pid, signal.SIGKILL)
+    assert server.end() == 1
+    assert sentence in server.log and "Traceback" not in server.log, server.log
+    assert server.nothing_is_left(), server.names()
+
+
 def test_joining_a_cluster_and_leaving_it_as_it_was(start, ray_cluster):
     import ray
 
