@@ -21,7 +21,7 @@ from google.protobuf.message import DecodeError, Message
 
 from quire.cluster import errors
 from quire.cluster.errors import RequestError, invalid
-from quire.cluster.text import Detokenizer, StopStrings, TextError, Tokenizer
+from quire.cluster.text import SampleText, TextError, Tokenizer
 from quire.protos import generation_pb2 as pb
 from quire.protos.channel import bearer
 from quire.scheduler.params import MAX_LOGIT_BIAS, MAX_STOP_LENGTH, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS
@@ -347,13 +347,16 @@ class _Sample:
         self.seq = 0
         self.is_finished = False
         self._tokenizer = tokenizer
-        self._include = sampling.include_stop_str_in_output
-        self._silent = frozenset() if self._include else frozenset(sampling.stop_token_ids)
-        self._min_tokens = sampling.min_tokens
-        self._stops = StopStrings(tuple(sampling.stop), self._include)
         if tokenizer is not None:
-            skip = sampling.skip_special_tokens if sampling.HasField("skip_special_tokens") else True
-            self._detokenizer = Detokenizer(tokenizer, skip, before)
+            self._text = SampleText(
+                tokenizer,
+                stops=tuple(sampling.stop),
+                include_stop=sampling.include_stop_str_in_output,
+                stop_token_ids=sampling.stop_token_ids,
+                min_tokens=sampling.min_tokens,
+                skip_special_tokens=not sampling.HasField("skip_special_tokens") or sampling.skip_special_tokens,
+                context=before,
+            )
 
     def take(self, output: pb.Output) -> str | None:
         """Add the text, cut after the token that completes a stop string; returns that."""
@@ -362,7 +365,8 @@ class _Sample:
             return None
         text, stop = [], None
         for count, token_id in enumerate(output.token_ids, start=1):
-            piece, stop = self._text_of(token_id)
+            self.seq += 1
+            piece, stop = self._text.feed(token_id)
             text.append(piece)
             if stop is not None:
                 del output.token_ids[count:]
@@ -375,21 +379,12 @@ class _Sample:
         self.is_finished = stop is not None
         return stop
 
-    def _text_of(self, token_id: int) -> tuple[str, str | None]:
-        self.seq += 1
-        # A stop token, which is the last one, is no more part of the text than a stop string.
-        text = "" if token_id in self._silent else self._detokenizer.feed([token_id])
-        if self.seq < self._min_tokens:
-            return text, None
-        return self._stops.feed(text)
-
     def finish(self, finished: pb.Finished) -> None:
         """The controller's end: release what was held back."""
         self.is_finished = True
         if self._tokenizer is None:
             return
-        text, stop = self._stops.feed(self._detokenizer.flush())
-        finished.text = text + self._stops.flush()
+        finished.text, stop = self._text.finish()
         if stop is not None:
             finished.reason = pb.FINISH_REASON_STOP
             finished.stop_string = stop

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from quire.cluster.config import EngineConfig, resolve
 from quire.cluster.local import LocalExecutor
-from quire.cluster.text import Detokenizer, NoTokenizerError, StopStrings, TextError, Tokenizer
+from quire.cluster.text import NoTokenizerError, SampleText, TextError, Tokenizer
 from quire.scheduler.config import SchedulerConfig
 from quire.scheduler.engine import Engine
 from quire.scheduler.params import InvalidRequest, SamplingParams
@@ -241,12 +241,8 @@ class _Job:
         params = request.params
         self._samples = [CompletionOutput(index) for index in range(params.n)]
         # What decides about a space at the start.
-        self._context = request.prompt_token_ids[-16:] if in_text else ()
-        # A stop token, which is the last one, is no more part of the text than a stop string.
-        self._silent = frozenset() if params.include_stop_str_in_output else frozenset(params.stop_token_ids)
-        # Without stop strings the text is made once, at the end.
-        watched = self._samples if params.stop and tokenizer else []
-        self._watchers = [_watcher(tokenizer, params, self._context) for _ in watched] if tokenizer else []
+        context = request.prompt_token_ids[-16:] if in_text else ()
+        self._texts = [_text(tokenizer, params, context) for _ in self._samples] if tokenizer else []
         if params.logprobs is not None:
             for sample in self._samples:
                 sample.logprobs, sample.cumulative_logprob = [], 0.0
@@ -255,21 +251,19 @@ class _Job:
     def take(self, event: TokenEvent) -> bool:
         """Note a token; True when a stop string ends a sample whose sequence would go on."""
         sample = self._samples[event.sequence.index]
-        is_token = event.finish_reason is not FinishReason.ERROR
-        if is_token:
-            sample.token_ids.append(event.token_id)
-            if event.logprobs is not None:
-                self._note_logprobs(sample, event.logprobs)
         if event.finish_reason is not None:
             sample.finish_reason = event.finish_reason.value
             if event.finish_reason is FinishReason.STOP and event.token_id in self.request.params.stop_token_ids:
                 sample.stop_reason = event.token_id
-        if self._watchers:
-            said = [event.token_id] if is_token and event.token_id not in self._silent else []
-            return self._watch(sample, said) and event.finish_reason is None
-        if event.finish_reason is not None and self._tokenizer is not None:
-            sample.text = self._whole_text(self._tokenizer, sample.token_ids)
-        return False
+        stop = None
+        if event.finish_reason is not FinishReason.ERROR:
+            stop = self._add_token(sample, event)
+        if stop is None and event.finish_reason is not None and self._texts:
+            rest, stop = self._texts[sample.index].finish()
+            sample.text += rest
+        if stop is not None:
+            sample.finish_reason, sample.stop_reason = "stop", stop
+        return stop is not None and event.finish_reason is None
 
     def newly_done(self) -> int:
         """1 once, when all samples have ended."""
@@ -281,25 +275,16 @@ class _Job:
     def output(self) -> RequestOutput:
         return RequestOutput(self.request.request_id, self.prompt, list(self.request.prompt_token_ids), self._samples)
 
-    def _watch(self, sample: CompletionOutput, said: list[int]) -> bool:
-        """Add these tokens' text; True when a stop string ends the sample."""
-        detokenizer, stops = self._watchers[sample.index]
-        text, stop = detokenizer.feed(said), None
-        if len(sample.token_ids) >= self.request.params.min_tokens:
-            text, stop = stops.feed(text)
+    def _add_token(self, sample: CompletionOutput, event: TokenEvent) -> str | None:
+        """Returns the stop string that the token completes."""
+        sample.token_ids.append(event.token_id)
+        if event.logprobs is not None:
+            self._note_logprobs(sample, event.logprobs)
+        if not self._texts:
+            return None
+        text, stop = self._texts[sample.index].feed(event.token_id)
         sample.text += text
-        if stop is None and sample.finish_reason is not None:
-            text, stop = stops.feed(detokenizer.flush())
-            sample.text += text + stops.flush()
-        if stop is not None:
-            sample.finish_reason, sample.stop_reason = "stop", stop
-        return stop is not None
-
-    def _whole_text(self, tokenizer: Tokenizer, ids: list[int]) -> str:
-        context = () if tokenizer.is_byte_level else self._context
-        said = ids[:-1] if ids and ids[-1] in self._silent else ids
-        skip = self.request.params.skip_special_tokens
-        return tokenizer.decode([*context, *said], skip)[len(tokenizer.decode(context, skip)) :]
+        return stop
 
     def _note_logprobs(self, sample: CompletionOutput, logprobs: Logprobs) -> None:
         assert sample.logprobs is not None and sample.cumulative_logprob is not None
@@ -312,10 +297,15 @@ class _Job:
         sample.cumulative_logprob += logprobs.values[0]
 
 
-def _watcher(tokenizer: Tokenizer, params: SamplingParams, context: Sequence[int]) -> tuple[Detokenizer, StopStrings]:
-    return (
-        Detokenizer(tokenizer, params.skip_special_tokens, context),
-        StopStrings(params.stop, params.include_stop_str_in_output),
+def _text(tokenizer: Tokenizer, params: SamplingParams, context: Sequence[int]) -> SampleText:
+    return SampleText(
+        tokenizer,
+        stops=params.stop or (),
+        include_stop=params.include_stop_str_in_output,
+        stop_token_ids=params.stop_token_ids or (),
+        min_tokens=params.min_tokens,
+        skip_special_tokens=params.skip_special_tokens,
+        context=context,
     )
 
 

@@ -99,17 +99,16 @@ class LocalExecutor:
 
 
 def _visible_gpus(num_ranks: int) -> list[str]:
-    """What to call each rank's device in CUDA_VISIBLE_DEVICES; rank 0 takes the first by itself."""
-    import torch
+    """Of each rank, for CUDA_VISIBLE_DEVICES; rank 0 takes the first by itself."""
+    from quire.worker.parallel import visible_gpus
 
-    count = torch.cuda.device_count()
-    if count < num_ranks:
+    names = visible_gpus()
+    if len(names) < num_ranks:
         raise ConfigError(
-            f"--tensor-parallel-size {num_ranks} takes as many GPUs, and {count} can be seen: lower it, or name more of"
-            " them in CUDA_VISIBLE_DEVICES"
+            f"--tensor-parallel-size {num_ranks} takes as many GPUs, and {len(names)} can be seen: lower it, or name"
+            " more of them in CUDA_VISIBLE_DEVICES"
         )
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return [str(i) for i in range(count)] if named is None else [name.strip() for name in named.split(",")][:count]
+    return names
 
 
 @contextmanager

@@ -352,6 +352,42 @@ class StopStrings:
         return 0
 
 
+class SampleText:
+    """The text of one sample as its tokens come: decoded, without stop tokens, ended by the first stop string.
+
+    Stop strings that are complete before `min_tokens` tokens do not count. `context`: see Detokenizer.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        stops: Sequence[str] = (),
+        include_stop: bool = False,
+        stop_token_ids: Collection[int] = (),
+        min_tokens: int = 0,
+        skip_special_tokens: bool = True,
+        context: Sequence[int] = (),
+    ) -> None:
+        self._detokenizer = Detokenizer(tokenizer, skip_special_tokens, context)
+        self._stops = StopStrings(stops, include_stop)
+        # A stop token, which is the last one, is no more part of the text than a stop string.
+        self._silent = frozenset() if include_stop else frozenset(stop_token_ids)
+        self._min_tokens = min_tokens
+        self._count = 0
+
+    def feed(self, token_id: int) -> tuple[str, str | None]:
+        """Take one more token; return what may be emitted, and the stop string if one is complete."""
+        self._count += 1
+        text = "" if token_id in self._silent else self._detokenizer.feed([token_id])
+        return (text, None) if self._count < self._min_tokens else self._stops.feed(text)
+
+    def finish(self) -> tuple[str, str | None]:
+        """The sample has ended; return what was held back, and a stop string that its very end completes."""
+        text, stop = self._stops.feed(self._detokenizer.flush())
+        return text + self._stops.flush(), stop
+
+
 # -- reading a model's folder
 
 

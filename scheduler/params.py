@@ -157,7 +157,7 @@ def _require_float(name: str, value: object, low: float, high: float) -> None:
 def _float32(value: float) -> float:
     """As it is on the wire and in a worker: what passes here must pass there."""
     try:
-        rounded: float = struct.unpack("f", struct.pack("f", value))[0]
+        rounded: float = struct.unpack("f", struct.pack("f", float(value)))[0]
     except OverflowError:
         return math.inf if value > 0 else -math.inf
     return rounded

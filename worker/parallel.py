@@ -6,6 +6,7 @@ issue the same collectives in the same order.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -16,6 +17,13 @@ from quire.worker.models.checkpoint import share
 
 TIMEOUT = timedelta(minutes=5)
 """For a rank that never arrives; a late one is noticed by the controller long before."""
+
+
+def visible_gpus() -> list[str]:
+    """The devices that this process may use, as CUDA_VISIBLE_DEVICES calls them."""
+    count = torch.cuda.device_count()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [str(i) for i in range(count)] if named is None else [name.strip() for name in named.split(",")][:count]
 
 
 @dataclass(slots=True)

@@ -154,7 +154,8 @@ class Runner:
         self, table: RowTable, work: Work, hidden: torch.Tensor
     ) -> tuple[torch.Tensor, list[worker_pb2.RowLogprobs]]:
         rows = work.sampling_rows
-        tokens, logprobs = torch.empty(len(rows), dtype=torch.int64, device=self._device), []
+        tokens = torch.empty(len(rows), dtype=torch.int64, device=self._device)
+        logprobs: list[worker_pb2.RowLogprobs] = []
         if not rows.size:
             return tokens, logprobs
         logits = self.decoder.logits(hidden)
@@ -186,9 +187,7 @@ class Runner:
         self._rehearse([(length, length - 1) for length in lengths], COSTLIEST, num_decodes=0)
 
     @torch.inference_mode()
-    def _rehearse(
-        self, sequences: Sequence[tuple[int, int]], sampling: worker_pb2.Sampling, num_decodes: int
-    ) -> None:
+    def _rehearse(self, sequences: Sequence[tuple[int, int]], sampling: worker_pb2.Sampling, num_decodes: int) -> None:
         """Prompts, given by length and how much of it counts as computed, in one step; then steps of one token each."""
         table = RowTable(self._table_size(SCRATCH_BLOCKS), self._device)
         pool = KVPool(self._block_shape, SCRATCH_BLOCKS, self._device)

@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -89,9 +90,9 @@ def _safetensors(folder: str, spec: ModelSpec, tp: TensorParallel) -> Stream:
         for tensor in tensors(spec):
             cut = bounds(tensor, spec, tp.rank, tp.size)
             data = opened(tensor.name)[tuple(slice(*bound) for bound in cut)]
-            if tensor.parameter == "embedding.weight" and HEAD in stored and spec.tied_head:
-                if not _equal(data, opened(HEAD), first=cut[0][0]):
-                    raise not_tied(stored[HEAD].file)
+            is_tied = tensor.parameter == "embedding.weight" and spec.tied_head
+            if is_tied and HEAD in stored and not _equal(data, opened(HEAD), first=cut[0][0]):
+                raise not_tied(stored[HEAD].file)
             yield tensor, data
 
 

@@ -27,9 +27,11 @@ from transformers import (
     Qwen3Config,
 )
 
+from quire.cluster import local
 from quire.cluster.llm import LLM, CompletionOutput, Prompt, RequestOutput, SamplingParams
 from quire.protos import worker_pb2
 from quire.scheduler.plan import StepPlan, StepResult, TokenEvent
+from quire.worker.config import WorkerConfig
 
 MAX_MODEL_LEN = 96
 NUM_TOKENS = 24
@@ -499,6 +501,71 @@ def test_the_space_before_the_first_word_is_there_with_and_without_stop_strings(
         assert chat.outputs[0].text == "the the the"
 
 
+@pytest.mark.parametrize("stop", [(), ("never so",)])
+def test_logits_that_are_not_numbers_end_one_sample_and_not_the_others(
+    stop: Sequence[str], speaker: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = replace(LONG, stop=stop, logprobs=0)
+    prompts = ["The quick fox", "The dog"]
+    whole = speaker.generate(prompts, sampling_params=params, use_tqdm=False)
+    decoder = speaker._executor._runner.decoder
+    logits, steps = decoder.logits, []
+
+    def broken(hidden: torch.Tensor) -> torch.Tensor:
+        out = logits(hidden)
+        steps.append(out)
+        if len(steps) == 5:
+            out[0] = torch.nan
+        return out
+
+    monkeypatch.setattr(decoder, "logits", broken)
+    first, second = speaker.generate(prompts, sampling_params=params, use_tqdm=False)
+    (sample,), (full,) = first.outputs, whole[0].outputs
+    assert (sample.finish_reason, sample.stop_reason) == ("error", None)
+    assert sample.token_ids == full.token_ids[:4] and len(sample.logprobs or ()) == 4
+    assert sample.text and full.text.startswith(sample.text)
+    (sample,), (full,) = second.outputs, whole[1].outputs
+    assert (sample.token_ids, sample.text, sample.finish_reason) == (full.token_ids, full.text, "length")
+    monkeypatch.setattr(decoder, "logits", lambda hidden: logits(hidden) * torch.nan)
+    nothing = _one(speaker, "The dog", params)
+    assert (nothing.token_ids, nothing.text, nothing.finish_reason) == ([], "", "error")
+
+
+def test_a_prompt_close_to_the_limit_needs_no_max_tokens(speaker: LLM) -> None:
+    sample = _one(speaker, [5] * (MAX_MODEL_LEN - 3), SamplingParams(ignore_eos=True))
+    assert (len(sample.token_ids), sample.finish_reason) == (3, "length")
+
+
+@pytest.mark.parametrize(
+    "edges",
+    [
+        dict(temperature=1e-45, top_p=1 + 1e-9, min_p=1 + 1e-9, top_k=2**31 - 1, repetition_penalty=0.01),
+        dict(temperature=100 + 1e-9, top_p=1e-45, min_p=1e-50, presence_penalty=-2 - 1e-9, frequency_penalty=2 + 1e-9),
+        dict(temperature=1e-50, repetition_penalty=100 + 1e-9, logit_bias={1: -100 - 1e-9}, seed=-(1 << 63)),
+    ],
+)
+def test_whatever_a_request_may_ask_for_a_worker_takes(edges: dict[str, Any], speaker: LLM) -> None:
+    sample = _one(speaker, "The fox", SamplingParams(max_tokens=3, ignore_eos=True, logprobs=20, **edges))
+    assert (len(sample.token_ids), sample.finish_reason) == (3, "length")
+
+
+def test_each_rank_on_gpus_sees_one_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a, 5,2,nonsense")
+    assert local._visible_gpus(3) == ["GPU-a", "5", "2"]
+    with local._seeing("5"):
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "5"
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-a, 5,2,nonsense"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert local._visible_gpus(2) == ["0", "1", "2"]
+    with local._seeing("1"), local._seeing(None):
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "1"
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ
+    with pytest.raises(ValueError, match="--tensor-parallel-size 4 takes as many GPUs, and 3 can be seen"):
+        local.LocalExecutor(WorkerConfig("unused", device="cuda", tensor_parallel_size=4))
+    assert not _other_ranks()
+
+
 # -- what is refused -------------------------------------------------------------------------------------------------
 
 REFUSED: dict[str, tuple[Any, Any, str]] = {
@@ -510,7 +577,7 @@ REFUSED: dict[str, tuple[Any, Any, str]] = {
     "an unknown token": ([5, 4000], None, "outside the model's vocabulary"),
     "too few parameters": (["a", "b", "c"], [SamplingParams()] * 2, "3 prompts but 2 SamplingParams"),
     "too many parameters": ("a", [SamplingParams()] * 2, "1 prompts but 2 SamplingParams"),
-    "parameters as a dictionary": ("the fox", {"temperature": 0}, "SamplingParams"),
+    "parameters as a dictionary": ("the fox", {"temperature": 0}, "sampling_params must be SamplingParams"),
     "a number": (5, None, "a prompt is"),
     "nothing": (None, None, "a prompt is"),
     "a fraction": ([0.5], None, "a prompt is"),

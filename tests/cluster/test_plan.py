@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from quire.cluster.config import EngineConfig, ResolvedEngine, resolve
-from quire.cluster.plan import Plan, make_plan, render
+from quire.cluster.plan import Plan, _needed_on_cpu, make_plan, render
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -136,6 +136,41 @@ def test_weights_alone_may_be_too_much(engine: ResolvedEngine) -> None:
     assert (plan.fits, plan.num_blocks) == (False, 0)
     assert advised(plan, "--max-model-len") == []
     assert any(advice.startswith("take devices of at least") for advice in plan.advice)
+
+
+def on_cpu(engine: ResolvedEngine, **settings: Any) -> ResolvedEngine:
+    return replace(engine, device="cpu", **settings)
+
+
+def test_on_a_cpu_the_pool_is_a_share_of_what_the_weights_leave(engine: ResolvedEngine) -> None:
+    host = 2 * WEIGHTS + 1_000_000
+    plan = make_plan(on_cpu(engine), host_memory=host)
+    assert (plan.budget, plan.num_blocks) == (host, int((host - WEIGHTS) * 0.4) // BLOCK)
+    two = make_plan(on_cpu(engine, tensor_parallel_size=2), host_memory=host)
+    assert two.num_blocks == int((host // 2 - two.weight_bytes) * 0.4) // (BLOCK // 2)
+    assert make_plan(on_cpu(engine), host_memory=1 << 40).num_blocks == 8 * 64  # what eight rows can use
+
+
+def test_on_a_cpu_a_model_larger_than_the_memory_does_not_fit(engine: ResolvedEngine) -> None:
+    for settings in ({}, {"kv_cache_memory_bytes": 64 * BLOCK}, {"num_gpu_blocks_override": 64}):
+        plan = make_plan(on_cpu(engine, **settings), host_memory=WEIGHTS // 2)
+        assert plan.fits is False
+        (advice,) = plan.advice
+        assert advice.startswith("make ") and advice.endswith(" of memory available")
+        needed = _needed_on_cpu(plan)
+        assert make_plan(on_cpu(engine, **settings), host_memory=needed).fits
+        assert not make_plan(on_cpu(engine, **settings), host_memory=needed - BLOCK).fits
+    assert make_plan(on_cpu(engine)).fits is None
+
+
+def test_on_a_cpu_the_packed_copy_of_a_tied_head_counts(
+    engine: ResolvedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tied = on_cpu(engine, spec=replace(engine.spec, tied_head=True), dtype="bfloat16")
+    for packs, head in ((True, EMBEDDING), (False, 0)):
+        monkeypatch.setattr("quire.cluster.plan.packs_bfloat16", lambda packs=packs: packs)
+        assert dict(make_plan(tied).weights)["head"] == head
+        assert dict(make_plan(replace(tied, device="cuda")).weights)["head"] == 0
 
 
 def test_rendering(engine: ResolvedEngine) -> None:

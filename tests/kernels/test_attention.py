@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -137,6 +138,25 @@ def test_the_form_for_any_device(dtype: torch.dtype, window: int | None, monkeyp
     monkeypatch.setattr(attention, "_compiled_decode", lambda: None)
     for rows in (ROWS["decodes"], ROWS["everything mixed"]):
         Case(rows, heads=(6, 2), window=window, dtype=dtype).check()
+
+
+@pytest.mark.parametrize(("num_slots", "sizes"), [(32, [1, 1, 1, 2, 1]), (64, [1, 2, 3]), (10**6, [6])])
+def test_rows_are_gathered_in_groups_of_bounded_size(
+    num_slots: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row longer than the bound goes alone, and the short ones are not padded to it."""
+    case = Case([(15, 1), (90, 1), (1, 1), (17, 1), (16, 1), (18, 1)], heads=(6, 2), size=20)
+    padded, groups = attention._decode_padded, []
+
+    def count(q: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        groups.append(len(q))
+        return padded(q, *arguments)
+
+    monkeypatch.setattr(attention, "_compiled_decode", lambda: None)
+    monkeypatch.setattr(attention, "_decode_padded", count)
+    monkeypatch.setattr(attention, "GATHERED_BYTES", num_slots * 2 * 2 * 20 * 4)
+    case.check()
+    assert groups == sizes
 
 
 def test_falls_back_where_nothing_can_be_compiled(

@@ -173,12 +173,25 @@ def test_top_p_takes_shares_of_what_top_k_and_min_p_left():
 
 
 def test_top_p_looks_further_where_the_likeliest_do_not_reach_its_share(monkeypatch):
-    monkeypatch.setattr(sampling, "SHORT_SORT", 4)
+    monkeypatch.setattr(sampling, "PARTIAL_SORTS", (4, 16))
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(32, 64, generator=generator) * torch.logspace(-1, 1, 32)[:, None]
     short = pick(logits, columns(32, top_p=0.8, position=np.arange(32)))
-    monkeypatch.setattr(sampling, "SHORT_SORT", 64)
+    monkeypatch.setattr(sampling, "PARTIAL_SORTS", ())
     assert short.tolist() == pick(logits, columns(32, top_p=0.8, position=np.arange(32))).tolist()
+
+
+def test_top_p_sorts_a_whole_row_only_where_it_must(monkeypatch):
+    rows = []
+    sort = torch.Tensor.sort
+    monkeypatch.setattr(torch.Tensor, "sort", lambda x, **how: rows.append(len(x)) or sort(x, **how))
+    logits = torch.zeros(3, 20_000)
+    logits[1, :5] = 20.0
+    settings = columns(3, top_p=[0.5, 0.9, 0.99], position=np.arange(3))
+    whole = pick(logits, settings)
+    assert rows == [1]  # 0.99 of 20 000 equals are more than 16 384, and 0.5 of them are not
+    monkeypatch.setattr(sampling, "PARTIAL_SORTS", ())
+    assert pick(logits, settings).tolist() == whole.tolist()
 
 
 def test_cuts_equal_a_plain_loop():

@@ -1,6 +1,7 @@
 """Every range of the sampling parameters and of a request, and the sentence that names the way out."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -18,7 +19,8 @@ LIMITS = ModelLimits(vocab_size=100, max_model_len=32, eos_token_ids=(2,))
         ("min_tokens", -1), ("min_tokens", 17),
         ("temperature", -0.1), ("temperature", math.nan), ("temperature", math.inf), ("temperature", "hot"),
         ("top_p", 0.0), ("top_p", 1.0001), ("top_p", math.nan),
-        ("top_k", -2), ("top_k", 1.5),
+        ("top_k", -2), ("top_k", 1.5), ("top_k", 1 << 31),
+        ("top_p", 1e-50), ("temperature", 1e39),
         ("min_p", -0.1), ("min_p", 1.1),
         ("repetition_penalty", 0.0), ("repetition_penalty", -1.0), ("repetition_penalty", math.inf),
         ("presence_penalty", 2.1), ("frequency_penalty", -2.1),
@@ -67,6 +69,26 @@ def test_prompts_that_cannot_be_served(prompt, sentence):
 def test_parameters_that_the_model_rules_out(params, sentence):
     with pytest.raises(InvalidRequest, match=sentence):
         Request.checked("r", [1, 2, 3], SamplingParams(**params), 0, LIMITS)
+
+
+def test_numbers_beyond_any_float_are_refused():
+    for value in (10**400, -(10**400)):
+        with pytest.raises(InvalidRequest, match="presence_penalty must be between -2 and 2"):
+            SamplingParams(presence_penalty=value)
+
+
+def test_what_passes_as_a_float32_passes():
+    SamplingParams(top_p=1 + 1e-9, min_p=1 + 1e-9, presence_penalty=-2 - 1e-9, repetition_penalty=0.01, top_k=2**31 - 1)
+
+
+def test_the_default_of_max_tokens_is_lowered_to_the_room_and_a_given_one_is_not():
+    for length, max_len in ((10, 26), (16, 32), (17, 32), (31, 32)):
+        assert Request.checked("r", [1] * length, SamplingParams(), 0, LIMITS).max_len == max_len
+        assert Request.checked("r", [1] * length, replace(SamplingParams(), seed=1), 0, LIMITS).max_len == max_len
+    with pytest.raises(InvalidRequest, match="max_tokens is 16, but"):
+        Request.checked("r", [1] * 17, SamplingParams(max_tokens=16), 0, LIMITS)
+    with pytest.raises(InvalidRequest, match="room for only 2"):
+        Request.checked("r", [1] * 30, SamplingParams(min_tokens=3), 0, LIMITS)
 
 
 def test_limits_are_resolved():

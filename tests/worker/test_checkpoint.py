@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, OPTConfig, PretrainedConfig, PreTrainedModel
 
 from quire.worker.config import WorkerConfig
+from quire.worker.host import packs_bfloat16
 from quire.worker.models.checkpoint import (
     Group,
     bounds,
@@ -37,6 +38,10 @@ MakeModel = Callable[[PretrainedConfig], tuple[Path, PreTrainedModel]]
 SMALL: dict[str, Any] = {
     "vocab_size": 99, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2,
+}  # fmt: skip
+OPT: dict[str, Any] = {
+    "vocab_size": 99, "hidden_size": 32, "ffn_dim": 40, "num_hidden_layers": 1, "num_attention_heads": 4,
+    "max_position_embeddings": 32,
 }  # fmt: skip
 WEIGHTS = "model.safetensors"
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
@@ -111,12 +116,53 @@ def test_wrong_shape_and_type(checkpoint: tuple[Path, ModelSpec]) -> None:
 def test_harmless_tensors_are_ignored(make_model: MakeModel) -> None:
     folder, _ = make_model(LlamaConfig(**SMALL, tie_word_embeddings=True))
     spec = ModelSpec.from_pretrained(folder)
-    extras = {"lm_head.weight": torch.zeros(99, 32), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}
-    rewrite(folder, lambda weights: weights.update(extras))
-    assert "lm_head.weight" not in open_checkpoint(folder, spec)
-    rewrite(folder, lambda weights: weights.pop("lm_head.weight"))
+    rewrite(folder, lambda weights: weights.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}))
+    open_checkpoint(folder, spec)
     with pytest.raises(ModelError, match=r"lm_head.weight of shape .* is missing"):
         open_checkpoint(folder, replace(spec, tied_head=False))
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_tied_head_that_is_stored_too_must_be_the_embedding(
+    make_model: MakeModel, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = make_model(LlamaConfig(**SMALL, tie_word_embeddings=True))
+    spec = ModelSpec.from_pretrained(folder)
+    monkeypatch.setattr("quire.worker.weights.COMPARED_ROWS", 20)
+
+    def load() -> None:
+        for rank in range(size):
+            load_model(WorkerConfig(str(folder)), spec, TensorParallel(rank, size))
+
+    def copy(weights: dict[str, torch.Tensor], row: int | None = None) -> None:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+        if row is not None:
+            weights["lm_head.weight"][row, 3] += 1
+
+    rewrite(folder, copy)
+    load()
+    for row in (0, 45, 98):
+        rewrite(folder, lambda weights, row=row: copy(weights, row))
+        with pytest.raises(ModelError, match=f"{WEIGHTS}: lm_head.weight differs .* tie_word_embeddings to false"):
+            load()
+    rewrite(folder, lambda weights: weights.update({"lm_head.weight": torch.zeros(98, 32)}))
+    with pytest.raises(ModelError, match="set tie_word_embeddings to false"):
+        open_checkpoint(folder, spec)
+
+
+def test_a_tied_checkpoint_may_keep_the_head_alone(make_model: MakeModel) -> None:
+    folder, _ = make_model(OPTConfig(**OPT))
+    spec = ModelSpec.from_pretrained(folder)
+    config, alone = WorkerConfig(str(folder)), TensorParallel.single()
+    want = load_model(config, spec, alone).state_dict()
+    name = "model.decoder.embed_tokens.weight"
+    rewrite(folder, lambda weights: weights.update({"lm_head.weight": weights.pop(name)}))
+    assert open_checkpoint(folder, spec)[name].name == "lm_head.weight"
+    got = load_model(config, spec, alone).state_dict()
+    assert all(torch.equal(got[key], want[key]) for key in want)
+    rewrite(folder, lambda weights: weights.update({"lm_head.weight": torch.zeros(98, 32)}))
+    with pytest.raises(ModelError, match=r"lm_head.weight: config.json asks for shape \[99, 32\], found \[98, 32\]"):
+        open_checkpoint(folder, spec)
 
 
 @pytest.mark.parametrize("keep", [0, 4, 8, 100, -1])
@@ -153,8 +199,7 @@ def test_pickles_are_refused(checkpoint: tuple[Path, ModelSpec]) -> None:
 
 
 def test_opt_without_the_outer_prefix(make_model: MakeModel) -> None:
-    folder, _ = make_model(OPTConfig(vocab_size=99, hidden_size=32, ffn_dim=40, num_hidden_layers=1,
-                                     num_attention_heads=4, max_position_embeddings=32))  # fmt: skip
+    folder, _ = make_model(OPTConfig(**OPT))
     spec = ModelSpec.from_pretrained(folder)
     bare = {name.removeprefix("model."): data for name, data in load_file(folder / WEIGHTS).items()}
     save_file(bare, folder / WEIGHTS)
@@ -190,6 +235,18 @@ def test_bytes_are_those_of_the_model(checkpoint: tuple[Path, ModelSpec], size: 
     whole = bytes_by_group(spec, "float32")
     assert whole[Group.EMBEDDING] == whole[Group.HEAD] == 99 * 32 * 4
     assert whole[Group.NORMS] == (2 * 2 + 1) * 32 * 4
+
+
+def test_the_packed_copy_of_a_tied_head_is_counted(make_model: MakeModel) -> None:
+    folder, _ = make_model(LlamaConfig(**SMALL, tie_word_embeddings=True))
+    spec = ModelSpec.from_pretrained(folder)
+    supported = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    assert packs_bfloat16() == supported
+    for dtype, packed in (("bfloat16", supported), ("float32", False)):
+        model = load_model(WorkerConfig(str(folder), dtype=dtype), spec, TensorParallel.single())
+        copy = 99 * 32 * 2 if packed else 0
+        assert model.weight_bytes == sum(bytes_by_group(spec, dtype).values()) + copy
+        assert model.weight_bytes == sum(bytes_by_group(spec, dtype, packed=packed).values())
 
 
 def test_progress_ends_at_the_total(checkpoint: tuple[Path, ModelSpec]) -> None:

@@ -12,7 +12,7 @@ from worker_plans import admit, packed, plan, unpacked
 from quire.protos import worker_pb2
 from quire.worker import memory
 from quire.worker.config import WorkerConfig
-from quire.worker.host import available_memory
+from quire.worker.host import available_memory, usable_cores
 from quire.worker.memory import PoolTooSmall, count_blocks
 from quire.worker.parallel import TensorParallel
 from quire.worker.runner import Runner, default_threads, load_decoder
@@ -281,15 +281,24 @@ def test_a_row_with_broken_logits_gets_minus_one_and_the_others_their_tokens():
     assert tokens(runner.run(plan([0, 1])))[1] == expected_tokens([1, 2], 2)[1]
 
 
-def test_ranks_other_than_the_first_return_no_tokens():
+def test_ranks_other_than_the_first_take_its_tokens_and_return_none(monkeypatch):
+    heard = []
+
+    def broadcast(self, x):
+        heard.append((x.shape, x.dtype))
+        return x.fill_(77)
+
+    monkeypatch.setattr(TensorParallel, "broadcast", broadcast)
     runner = Runner(
         WorkerConfig(**CONFIG | dict(rank=1, tensor_parallel_size=2)), TensorParallel(1, 2), load_hash_decoder
     )
     runner.load()
     runner.allocate(20)
+    monkeypatch.setattr(runner.table.sampler, "sample", lambda *_: pytest.fail("only rank 0 samples"))
     report = runner.run(plan([0], [2], [admit(0, [1, 2], [0], logprobs=1)]))
     assert (report.rank, report.token_ids, list(report.logprobs)) == (1, b"", [])
-    assert runner.table.token_ids[0, 2] == expected_tokens([1, 2], 1)[0]
+    assert runner.table.token_ids[0, 2] == 77
+    assert heard == [((1,), torch.int64)]
 
 
 def test_a_refused_plan_changes_nothing():
@@ -310,10 +319,26 @@ def test_warm_up_leaves_no_trace(config):
 
 def test_the_costliest_step_fits_the_limits():
     runner = make_runner(max_num_seqs=5, max_num_batched_tokens=63)
-    lengths = []
-    runner.decoder.forward = lambda batch, _: lengths.append(np.diff(batch.query_starts)) or torch.zeros(5).long()
+    steps = []
+
+    def forward(batch, _):
+        steps.append((np.diff(batch.query_starts).tolist(), batch.seq_lens.tolist()))
+        return torch.zeros(len(batch.sample_index)).long()
+
+    runner.decoder.forward = forward
     runner._worst_step()
-    assert lengths[0].tolist() == [13, 13, 13, 12, 12]
+    assert steps == [
+        ([13, 13, 13, 12, 12], [13, 13, 13, 12, 12]),
+        ([63], [64]),
+        ([1] * 5, [64, 32, 21, 16, 12]),
+    ]
+
+
+@pytest.mark.parametrize("config", [{"max_num_seqs": 1}, {"max_num_batched_tokens": 8}, {"max_model_len": 2}])
+def test_every_rehearsal_fits_the_limits(config):
+    runner = make_runner(**config)
+    runner.decoder.forward = lambda batch, _: torch.zeros(len(batch.sample_index)).long()
+    runner._worst_step()
 
 
 def test_reset_empties_the_rows():
@@ -334,8 +359,18 @@ def test_describe_and_pool():
 
 
 def test_threads_are_the_cores_divided(monkeypatch):
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(12)))
+    monkeypatch.setattr("quire.worker.runner.usable_cores", lambda: 12)
     assert (default_threads(1), default_threads(5), default_threads(99)) == (12, 2, 1)
+
+
+def test_cores_are_those_of_the_affinity_and_the_control_group(monkeypatch, tmp_path):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(12)))
+    for limit, cores in (
+        (None, 12), ("max 100000", 12), ("250000 100000", 3), ("20000 100000", 1), ("9900000 100000", 12)
+    ):  # fmt: skip
+        if limit is not None:
+            (tmp_path / "cpu.max").write_text(f"{limit}\n")
+        assert usable_cores(tmp_path) == cores
 
 
 def measure(**config) -> int:

@@ -51,7 +51,6 @@ def test_missing_keys_take_the_familys_defaults(tmp_path: Path, config: Pretrain
     assert spec.head_dim == getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
     assert spec.intermediate_size == getattr(config, "intermediate_size", None) or config.ffn_dim
     assert spec.max_position_embeddings == config.max_position_embeddings
-    assert spec.bos_token_id == config.bos_token_id
     assert spec.eos_token_ids == (() if config.eos_token_id is None else (config.eos_token_id,))
     assert spec.tied_head == config.tie_word_embeddings
     window = getattr(config, "sliding_window", None)
@@ -81,6 +80,27 @@ def test_plain_rope_and_null_scaling(tmp_path: Path) -> None:
 def test_yarn(tmp_path: Path) -> None:
     raw = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768, "beta_fast": 16}
     assert read(tmp_path, TINY | {"rope_scaling": raw}).rope == Rope(10000.0, "yarn", 4.0, 32768, beta_fast=16.0)
+
+
+@pytest.mark.parametrize(
+    ("positions", "scaling", "longest"),
+    [
+        (32768, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}, 131072),  # Qwen2.5's
+        (40960, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}, 131072),  # Qwen3's
+        (131072, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}, 131072),
+        (163840, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}, 163840),
+        (4096, {"rope_type": "yarn", "factor": 2.5}, 10240),
+        (4096, {"type": "linear", "factor": 2.0}, 8192),
+        (8192, {"type": "linear", "factor": 2.0, "original_max_position_embeddings": 4096}, 8192),
+        (131072, {"rope_type": "llama3", **LLAMA3}, 131072),
+        (4096, {"rope_type": "yarn", "factor": 1e300}, 1 << 28),
+    ],
+)
+def test_the_longest_context_is_that_after_scaling(
+    tmp_path: Path, positions: int, scaling: dict[str, Any], longest: int
+) -> None:
+    spec = read(tmp_path, TINY | {"max_position_embeddings": positions, "rope_scaling": scaling})
+    assert spec.max_position_embeddings == longest
 
 
 def test_end_tokens(tmp_path: Path) -> None:

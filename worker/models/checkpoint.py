@@ -104,9 +104,7 @@ def local_shape(tensor: TensorSpec, spec: ModelSpec, rank: int, size: int) -> tu
     return tuple(stop - start for start, stop in bounds(tensor, spec, rank, size))
 
 
-def bytes_by_group(
-    spec: ModelSpec, dtype: str, rank: int = 0, size: int = 1, packed: bool = False
-) -> dict[Group, int]:
+def bytes_by_group(spec: ModelSpec, dtype: str, rank: int = 0, size: int = 1, packed: bool = False) -> dict[Group, int]:
     """Bytes of one rank's weights; a tied head counts as embedding. `packed`: weights are laid out for fast products,
     and a tied head is then a copy of the embedding, which stays as it is."""
     total = dict.fromkeys(Group, 0)
