@@ -35,10 +35,10 @@ def count_blocks(config: WorkerConfig, bytes_per_block: int, worst_step: Callabl
         blocks = min(room // bytes_per_block, config.max_num_seqs * per_sequence)
         source = f"{room} bytes, {CPU_SHARE:.0%} of the available memory shared by the ranks; free some"
     if blocks < per_sequence:
+        shorter = f", or lower max_model_len to at most {blocks * config.block_size}" if blocks else ""
         raise PoolTooSmall(
             f"{per_sequence} KV blocks of {bytes_per_block} bytes are needed for one sequence of max_model_len "
-            f"{config.max_model_len}, but {blocks} fit into {source}, or lower max_model_len to at most "
-            f"{blocks * config.block_size}"
+            f"{config.max_model_len}, but {blocks} fit into {source}{shorter}"
         )
     return blocks
 
