@@ -1,7 +1,9 @@
 """The pool of KV blocks: who is free, and how often each block is referred to.
 
 The free list is intrusive (two integer arrays and a sentinel), so that taking, returning and, later, reviving a block
-in its middle are O(1). Its order is the order of reuse: oldest freed first.
+in its middle are O(1). Its order is the order of reuse: last freed first, because that memory is warm, and because a pool
+on a CPU then takes no more memory than its sequences ever needed at once. Blocks that are worth finding again will
+join at the other end.
 
 Invariant: a block is on the free list exactly when its reference count is 0.
 """
@@ -28,7 +30,7 @@ class BlockPool:
         self._previous: list[int] = [num_blocks, *range(num_blocks)]
 
     def allocate(self) -> int:
-        """Take the block that was freed longest ago, with one reference. The caller has checked `num_free`."""
+        """Take the block that was freed last, with one reference. The caller has checked `num_free`."""
         sentinel = self.num_blocks
         block = self._next[sentinel]
         if block == sentinel:
@@ -47,18 +49,18 @@ class BlockPool:
         self._ref_counts[block] += 1
 
     def release(self, block: int) -> None:
-        """One table less refers to the block; without any it joins the end of the free list."""
+        """One table less refers to the block; without any it is the first to be taken again."""
         count = self._ref_counts[block]
         if count < 1:
             raise AuditError(f"block {block} is free already")
         self._ref_counts[block] = count - 1
         if count == 1:
             sentinel = self.num_blocks
-            last = self._previous[sentinel]
-            self._next[last] = block
-            self._previous[block] = last
-            self._next[block] = sentinel
-            self._previous[sentinel] = block
+            first = self._next[sentinel]
+            self._next[sentinel] = block
+            self._previous[block] = sentinel
+            self._next[block] = first
+            self._previous[first] = block
             self.num_free += 1
 
     def ref_count(self, block: int) -> int:

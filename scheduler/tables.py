@@ -39,7 +39,7 @@ class BlockTables:
         return block
 
     def free(self, sequence: Sequence) -> None:
-        """Give all blocks back, tail first: beginnings are the likeliest to be wanted again."""
+        """Give all blocks back, tail first, so that they are taken again in the order of the table."""
         for block in reversed(sequence.block_ids):
             self.pool.release(block)
         sequence.block_ids.clear()

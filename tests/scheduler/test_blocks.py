@@ -7,13 +7,13 @@ from hypothesis import strategies as st
 from quire.scheduler.blocks import AuditError, BlockPool
 
 
-def test_blocks_are_taken_in_the_order_in_which_they_were_freed():
+def test_the_block_freed_last_is_taken_first():
     pool = BlockPool(4)
     assert [pool.allocate() for _ in range(4)] == [0, 1, 2, 3]
     for block in (2, 0, 3):
         pool.release(block)
-    assert pool.free_blocks() == [2, 0, 3]
-    assert [pool.allocate() for _ in range(3)] == [2, 0, 3]
+    assert pool.free_blocks() == [3, 0, 2]
+    assert [pool.allocate() for _ in range(3)] == [3, 0, 2]
     assert pool.num_free == 0
 
 
@@ -26,7 +26,7 @@ def test_a_shared_block_is_free_only_after_its_last_reference():
     assert pool.num_free == 1 and pool.free_blocks() == [1]
     pool.audit([[block]])
     pool.release(block)
-    assert pool.free_blocks() == [1, 0]
+    assert pool.free_blocks() == [0, 1]
 
 
 def test_misuse_is_named():
