@@ -217,7 +217,8 @@ class Controller(generation_pb2_grpc.GenerationServicer):
         self.config = config
         self.info = info
         self._streams: dict[str, _Stream] = {}
-        self._refusal: RequestError | None = RequestError(grpc.StatusCode.UNAVAILABLE, "the model is being loaded")
+        self._refusal: RequestError | None = None
+        """Why nothing new is accepted."""
         self._lost = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -237,7 +238,6 @@ class Controller(generation_pb2_grpc.GenerationServicer):
             on_failure=lambda error: self._post(self._fail, error),
         )
         self._thread.start()
-        self._refusal = None
 
     @property
     def num_open(self) -> int:
@@ -303,13 +303,11 @@ class Controller(generation_pb2_grpc.GenerationServicer):
     ) -> generation_pb2.ModelInfo:
         return self.info
 
-    async def GetLoad(self, _request: generation_pb2.GetLoadRequest, context: Context) -> generation_pb2.Load:
+    async def GetLoad(self, _request: generation_pb2.GetLoadRequest, _context: Context) -> generation_pb2.Load:
         def read(scheduler: Scheduler) -> generation_pb2.Load:
             running, waiting = len(scheduler.running), len(scheduler.waiting)
             return wire.encode_load(scheduler.counters, scheduler.memory(), running, waiting, len(self._streams))
 
-        if self._refusal is not None and not hasattr(self, "_thread"):
-            await errors.abort(context, self._refusal)
         return await self._thread.call(read)
 
     # -- streams

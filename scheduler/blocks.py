@@ -1,9 +1,9 @@
 """The pool of KV blocks: who is free, and how often each block is referred to.
 
 The free list is intrusive (two integer arrays and a sentinel), so that taking, returning and, later, reviving a block
-in its middle are O(1). Its order is the order of reuse: last freed first, because that memory is warm, and because a pool
-on a CPU then takes no more memory than its sequences ever needed at once. Blocks that are worth finding again will
-join at the other end.
+in its middle are O(1). Its order is the order of reuse: last freed first, because that memory is warm, and because a
+pool on a CPU then takes no more memory than its sequences ever needed at once. Blocks that are worth finding again
+will join at the other end.
 
 Invariant: a block is on the free list exactly when its reference count is 0.
 """
