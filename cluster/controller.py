@@ -346,7 +346,7 @@ class Controller(generation_pb2_grpc.GenerationServicer):
             name = message.request_id or secrets.token_hex(8)
             return Request.checked(name, message.token_ids.ids, params, seed, self.config.limits)
         except InvalidRequest as error:
-            raise errors.invalid(error.field, str(error)) from error
+            raise _refused(error) from error
 
     def _close(self, stream: _Stream) -> None:
         name = stream.request.request_id
@@ -395,9 +395,15 @@ def _started(request: Request, model: str) -> generation_pb2.GenerateResponse:
     return generation_pb2.GenerateResponse(started=started)
 
 
+def _refused(error: InvalidRequest) -> RequestError:
+    """With the field's path in a GenerateRequest."""
+    in_sampling = error.field in generation_pb2.SamplingParams.DESCRIPTOR.fields_by_name
+    return errors.invalid(f"sampling.{error.field}" if in_sampling else error.field, str(error))
+
+
 def _raise_refused(error: BaseException) -> NoReturn:
     if isinstance(error, InvalidRequest):
-        raise errors.invalid(error.field, str(error)) from error
+        raise _refused(error) from error
     if isinstance(error, QueueFull):
         code = grpc.StatusCode.RESOURCE_EXHAUSTED
         raise RequestError(code, f"{error}; try again later", reason="QUEUE_FULL", retry_after_s=1) from error

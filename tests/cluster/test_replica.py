@@ -231,6 +231,8 @@ def test_bad_input_is_named_and_touches_nobody_else(client, case):
     with pytest.raises(ServerError, match=sentence) as failure:
         collect(client.generate(prompt, timeout=30, **options))
     assert failure.value.code is code
+    if "max_tokens" in options:
+        assert failure.value.field == "sampling.max_tokens"
     assert collect_rest(neighbour) == 30
 
 
