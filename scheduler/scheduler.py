@@ -34,6 +34,15 @@ class _Draft:
     sampled: list[Sequence] = field(default_factory=list)
     preempted: bool = False
 
+    def grant(self, sequence: Sequence, num_tokens: int) -> None:
+        """The sequence computes its next `num_tokens`; when they are its last known ones it samples one more."""
+        self.rows.append(sequence.row)
+        self.num_tokens.append(num_tokens)
+        sequence.num_computed += num_tokens
+        if sequence.num_computed == sequence.num_tokens:
+            sequence.num_tokens += 1
+            self.sampled.append(sequence)
+
 
 class Scheduler:
     """Single-threaded: its owner serializes all calls."""
@@ -107,7 +116,7 @@ class Scheduler:
 
     def _continue_running(self, draft: _Draft) -> None:
         """One token for each sequence that decodes, a chunk for each that has more to compute."""
-        running, rows, num_tokens = self.running, draft.rows, draft.num_tokens
+        running = self.running
         i = 0
         while i < len(running):  # preemption shortens the list from its end
             sequence = running[i]
@@ -120,12 +129,7 @@ class Scheduler:
                 draft.spare -= gap - 1
             elif sequence.num_computed == sequence.capacity and not self._make_room(sequence, draft):
                 continue
-            rows.append(sequence.row)
-            num_tokens.append(gap)
-            sequence.num_computed += gap
-            if sequence.num_computed == sequence.num_tokens:
-                sequence.num_tokens += 1
-                draft.sampled.append(sequence)
+            draft.grant(sequence, gap)
 
     def _make_room(self, sequence: Sequence, draft: _Draft) -> bool:
         """Give the sequence its next block, at the latest arrivals' expense; False when it is itself the latest."""
@@ -169,12 +173,7 @@ class Scheduler:
             self.counters.prompt_tokens += sequence.num_prompt_tokens
         chunk = min(sequence.num_tokens - sequence.num_computed, draft.spare)
         draft.spare -= chunk
-        draft.rows.append(sequence.row)
-        draft.num_tokens.append(chunk)
-        sequence.num_computed += chunk
-        if sequence.num_computed == sequence.num_tokens:
-            sequence.num_tokens += 1
-            draft.sampled.append(sequence)
+        draft.grant(sequence, chunk)
 
     def _seal(self, draft: _Draft) -> StepPlan:
         self._num_planned += 1
