@@ -1,4 +1,4 @@
-"""From logits to tokens, in plain torch: the readable twin of any faster kernel, and the form for any device.
+"""From logits to tokens, in plain torch: the twin of gpu/sampling.py, written for reading, and the form for any device.
 
 Order: bias, forbidden tokens, penalties; then temperature, min-p, top-k, top-p and the pick. Rows are independent:
 what a row gets depends on its own logits, settings, seed and position, never on its neighbours. Random numbers are a
@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+
+from quire.kernels import dispatch
 
 CHUNK_ELEMENTS = 1 << 20
 """Logits handled at once by the steps that need scratch tensors: bounds memory on a GPU, stays in cache on a CPU."""
@@ -89,6 +91,10 @@ def sample(
     penalties: Penalties | None = None,
 ) -> torch.Tensor:
     """[S, V] float32 to [S] int64. `logits` is left adjusted: what log-probabilities are taken from."""
+    if dispatch.on_gpu(logits):
+        from quire.kernels.gpu import sampling as gpu
+
+        return gpu.sample(logits, columns, entries, penalties)
     if entries is not None:
         add_entries(logits, entries)
     if penalties is not None:
@@ -97,13 +103,21 @@ def sample(
 
 
 def add_entries(logits: torch.Tensor, entries: Entries) -> None:
-    """In place, [S, V]."""
+    """In place, [S, V] float32."""
+    if dispatch.on_gpu(logits):
+        from quire.kernels.gpu import sampling as gpu
+
+        return gpu.add_entries(logits, entries)
     where = (_upload(entries.rows, logits), _upload(entries.tokens, logits))
     logits.index_put_(where, _upload(entries.values, logits), accumulate=True)
 
 
 def penalize(logits: torch.Tensor, penalties: Penalties) -> None:
-    """In place, [S, V]; reads nothing past a row's known tokens."""
+    """In place, [S, V] float32; reads nothing past a row's known tokens."""
+    if dispatch.on_gpu(logits):
+        from quire.kernels.gpu import sampling as gpu
+
+        return gpu.penalize(logits, penalties)
     vocab_size = logits.shape[1]
     for part in _chunks(len(penalties.rows), vocab_size):
         rows = _upload(penalties.rows[part], logits)
@@ -133,13 +147,21 @@ def count_tokens(tokens: torch.Tensor, counted: torch.Tensor, vocab_size: int) -
 
 
 def greedy(logits: torch.Tensor) -> torch.Tensor:
-    """[S, V] to [S] int64: the likeliest tokens."""
+    """[S, V] float32 to [S] int64: the likeliest tokens."""
+    if dispatch.on_gpu(logits):
+        from quire.kernels.gpu import sampling as gpu
+
+        return gpu.greedy(logits)
     tokens, top = _likeliest(logits)
     return tokens.masked_fill(~top.isfinite(), -1)
 
 
 def pick(logits: torch.Tensor, columns: Columns) -> torch.Tensor:
     """[S, V] float32 to [S] int64; leaves `logits` as they are."""
+    if dispatch.on_gpu(logits):
+        from quire.kernels.gpu import sampling as gpu
+
+        return gpu.pick(logits, columns)
     tokens, top = _likeliest(logits)
     random = np.flatnonzero(columns.temperature > 0)
     keys = noise_keys(columns.seed[random], columns.position[random])
@@ -157,10 +179,20 @@ def pick(logits: torch.Tensor, columns: Columns) -> torch.Tensor:
 def log_probabilities(
     logits: torch.Tensor, tokens: torch.Tensor, k: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of the sampled tokens [A] and the k likeliest, from logits [A, V].
+    """Of the sampled tokens [A] int64 and the k likeliest, from logits [A, V] float32.
 
     Returns ids [A, 1 + k] and values [A, 1 + k], the sampled token first, and the sampled token's rank [A].
     """
+    if dispatch.on_gpu(logits):
+        from quire.kernels.gpu import sampling as gpu
+
+        return gpu.log_probabilities(logits, tokens, k)
+    return log_probabilities_by_sorting(logits, tokens, k)
+
+
+def log_probabilities_by_sorting(
+    logits: torch.Tensor, tokens: torch.Tensor, k: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     everything = logits.log_softmax(dim=-1)
     sampled = everything.gather(1, tokens.clamp(min=0)[:, None])
     best = everything.topk(k, dim=-1)

@@ -73,12 +73,12 @@ class HashDecoder:
         keys[blocks, offsets] = batch.positions.numpy() + 1  # so that an empty slot is no position
         values[blocks, offsets] = batch.token_ids.numpy()
 
-        rows = np.searchsorted(batch.query_starts[1:] - 1, batch.sample_index.numpy())
-        lengths = batch.seq_lens[rows].astype(np.int64)
+        rows = np.searchsorted(batch.rows.query_starts[1:] - 1, batch.sample_index.numpy())
+        lengths = batch.rows.seq_lens[rows].astype(np.int64)
         starts = np.cumsum(lengths) - lengths
         position = np.arange(lengths.sum()) - np.repeat(starts, lengths)
         index, offsets = np.divmod(position, block_size)
-        blocks = batch.block_tables.numpy()[np.repeat(rows, lengths), index]
+        blocks = batch.rows.block_tables.numpy()[np.repeat(rows, lengths), index]
         stored, token = keys[blocks, offsets].astype(np.int64) - 1, values[blocks, offsets].astype(np.int64)
         # The position that was stored decides, and one that was not meant to be here counts as another token.
         pairs = _mix(stored, token + 7 * (stored != position))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from quire.kernels.attention import PagedRows
 from quire.worker.batch import Batch
 from quire.worker.models.decoder import Decoder
 
@@ -49,9 +50,9 @@ class Stepper:
             token_ids=torch.tensor(ids),
             positions=torch.tensor(positions),
             slots=torch.tensor(slots),
-            query_starts=np.array(starts, np.int32),
-            seq_lens=np.array(lengths, np.int32),
-            block_tables=torch.tensor(tables, dtype=torch.int32),
+            rows=PagedRows(
+                torch.tensor(tables, dtype=torch.int32), np.array(starts, np.int32), np.array(lengths, np.int32)
+            ),
             sample_index=torch.tensor(index, dtype=torch.int64),
         )
         return self.model.logits(self.model(batch, self.pool))

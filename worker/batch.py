@@ -12,6 +12,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from quire.kernels import dispatch
+from quire.kernels.attention import PagedRows
+from quire.kernels.shared_prefix import find_shared_prefixes
+
 if TYPE_CHECKING:  # the decoder needs the batch and not the table
     from quire.worker.table import RowTable, Work
 
@@ -29,20 +33,14 @@ class Batch:
     slots: torch.Tensor
     """[T] int64: where each token's K/V goes: block * block_size + offset."""
 
-    query_starts: np.ndarray
-    """[B + 1] int32, on the host: row i's tokens are query_starts[i]:query_starts[i + 1]."""
-
-    seq_lens: np.ndarray
-    """[B] int32, on the host: tokens in each sequence's KV after this step, the new ones included."""
-
-    block_tables: torch.Tensor
-    """[B, M] int32: block ids in order; entries past a sequence's last block are arbitrary and never read."""
+    rows: PagedRows
+    """What attention needs to know of the B rows."""
 
     sample_index: torch.Tensor
     """[S] int64: index among the T tokens of the last token of each row that samples."""
 
 
-def build_batch(table: RowTable, work: Work) -> Batch:
+def build_batch(table: RowTable, work: Work, deterministic: bool = False) -> Batch:
     """The tensors of one step, from the rows as they are. Everything the device needs travels in one copy."""
     num_rows, block_size = len(work.rows), table.size.block_size
     ends = work.starts + work.num_tokens
@@ -55,17 +53,26 @@ def build_batch(table: RowTable, work: Work) -> Batch:
     sample_index = query_starts[1:][work.sampling] - 1
     num_blocks = -(-int(ends.max()) // block_size)
 
-    token_rows_, positions_, rows_, sample_index_ = _upload(
-        table.device, token_rows, positions, work.rows, sample_index
+    token_rows_, positions_, rows_, sample_index_, starts_, ends_ = _upload(
+        table.device, token_rows, positions, work.rows, sample_index, query_starts, ends
     )
+    on_gpu = dispatch.on_gpu(starts_)
+    shared = None
+    if on_gpu and not deterministic:
+        shared = find_shared_prefixes(table.host_blocks[work.rows, :num_blocks], ends, work.num_tokens, block_size)
     blocks = table.block_table[token_rows_, positions_ // block_size]
     return Batch(
         token_ids=table.token_ids[token_rows_, positions_].long(),
         positions=positions_,
         slots=blocks.long() * block_size + positions_ % block_size,
-        query_starts=query_starts,
-        seq_lens=ends.astype(np.int32),
-        block_tables=table.block_table[:, :num_blocks].index_select(0, rows_),
+        rows=PagedRows(
+            block_tables=table.block_table[:, :num_blocks].index_select(0, rows_),
+            query_starts=query_starts,
+            seq_lens=ends.astype(np.int32),
+            deterministic=deterministic,
+            shared=shared,
+            on_device=(starts_.int(), ends_.int()) if on_gpu else None,
+        ),
         sample_index=sample_index_,
     )
 

@@ -83,7 +83,10 @@ class RowTable:
         self.device = torch.device(device)
         # One column more than the longest sequence: where the token sampled after its last one goes.
         self.token_ids = torch.zeros(size.num_rows, size.max_model_len + 1, dtype=torch.int32, device=device)
-        self.block_table = torch.zeros(size.num_rows, size.blocks_per_row, dtype=torch.int32, device=device)
+        self.host_blocks = np.zeros((size.num_rows, size.blocks_per_row), np.int32)
+        """The block tables once more, for whoever decides on the host; on a CPU the very same memory."""
+        on_host = torch.from_numpy(self.host_blocks)
+        self.block_table = on_host if self.device.type == "cpu" else on_host.to(device)
         self.sampler = Sampler(size.num_rows)
         self._counts = np.zeros((4, size.num_rows), np.int64)
         # Each [num_rows], and 0 where no sequence is.
@@ -101,8 +104,10 @@ class RowTable:
         for admission in change.admissions:
             self._admit(admission)
         if change.extended.size:
-            rows, columns, blocks = self._upload(change.extended)
-            self.block_table.index_put_((rows, columns), blocks.int())
+            self.host_blocks[change.extended[0], change.extended[1]] = change.extended[2]
+            if self.device.type != "cpu":
+                rows, columns, blocks = self._upload(change.extended)
+                self.block_table.index_put_((rows, columns), blocks.int())
         self._counts[:] = change.counts
         return change.work
 
@@ -119,7 +124,9 @@ class RowTable:
     def _admit(self, admission: _Admission) -> None:
         row = admission.row
         self.token_ids[row, : len(admission.token_ids)] = self._upload(admission.token_ids)
-        self.block_table[row, : len(admission.block_ids)] = self._upload(admission.block_ids)
+        self.host_blocks[row, : len(admission.block_ids)] = admission.block_ids
+        if self.device.type != "cpu":
+            self.block_table[row, : len(admission.block_ids)] = self._upload(admission.block_ids)
         self.sampler.admit(row, admission.settings)
 
     def _check(self, plan: worker_pb2.StepPlan) -> _Change:

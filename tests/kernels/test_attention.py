@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,10 +11,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paged_case import TOLERANCE, Case
 
-from quire.kernels import attention, attention_cpu, reference
-
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+from quire.kernels.attention import PagedRows, paged_attention
+from quire.kernels.cpu import attention, decode
 
 
 @pytest.fixture(autouse=True)
@@ -23,51 +23,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-class Case:
-    """Arguments of paged attention for rows (tokens in the KV, of which new). Slots that nothing may read are NaN, and
-    table entries that nothing may follow are out of range."""
-
-    def __init__(
-        self,
-        rows: list[tuple[int, int]],
-        heads: tuple[int, int] = (4, 2),
-        size: int = 24,
-        block_size: int = 16,
-        window: int | None = None,
-        dtype: torch.dtype = torch.float32,
-        seed: int = 0,
-    ) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        seq_lens, new = zip(*rows, strict=True)
-        self.seq_lens = np.array(seq_lens, np.int32)
-        self.query_starts = np.cumsum([0, *new]).astype(np.int32)
-        self.scale, self.window = size**-0.5, window
-        self.q = torch.randn(sum(new), heads[0], size, generator=generator).to(dtype)
-        counts = [-(-n // block_size) for n in seq_lens]
-        order = torch.randperm(sum(counts) + 3, generator=generator).tolist()
-        pool = torch.full((len(order), 3, 2, block_size, heads[1], size), torch.nan, dtype=dtype)
-        self.block_tables = torch.full((len(rows), max(counts) + 2), 10**8, dtype=torch.int32)
-        for row, (seq_len, num_new) in enumerate(rows):
-            first = 0 if window is None else max(0, seq_len - num_new - window + 1)
-            for position in range(first, seq_len):
-                index = position // block_size
-                if self.block_tables[row, index] == 10**8:
-                    self.block_tables[row, index] = order.pop()
-                slot = pool[self.block_tables[row, index], 1, :, position % block_size]
-                slot.copy_(torch.randn(2, heads[1], size, generator=generator))
-        self.kv_layer = pool[:, 1]
-
-    def run(self, function: Callable[..., torch.Tensor] = attention.paged_attention) -> torch.Tensor:
-        return function(
-            self.q, self.kv_layer, self.block_tables, self.query_starts, self.seq_lens, self.scale, self.window
-        )
-
-    def check(self) -> None:
-        got, want = self.run(), self.run(reference.paged_attention)
-        assert got.dtype == self.q.dtype
-        torch.testing.assert_close(got, want, atol=TOLERANCE[self.q.dtype], rtol=0)
 
 
 ROWS = {
@@ -165,7 +120,7 @@ def test_falls_back_where_nothing_can_be_compiled(
     def missing() -> None:
         raise AttributeError("no GOMP_parallel here")
 
-    monkeypatch.setattr(attention_cpu, "check", missing)
+    monkeypatch.setattr(decode, "check", missing)
     attention._compiled_decode.cache_clear()
     try:
         with caplog.at_level(logging.WARNING):
@@ -182,9 +137,45 @@ def test_queries_and_tables_may_be_strided_views() -> None:
     for rows in ROWS.values():
         case = Case(rows)
         want = case.run()
-        case.block_tables = case.block_tables.repeat(1, 2)[:, : case.block_tables.shape[1]]
+        tables = case.rows.block_tables
+        case.rows.block_tables = tables.repeat(1, 2)[:, : tables.shape[1]]
         assert torch.equal(case.run(), want)
     wide = torch.randn(len(case.q), 9, case.q.shape[2])
     wide[:, 2:6] = case.q
     case.q = wide[:, 2:6]
     assert torch.equal(case.run(), want)
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "any device"])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_float8_pools(dtype: torch.dtype, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not compiled:
+        monkeypatch.setattr(attention, "_compiled_decode", lambda: None)
+    case = Case(ROWS["everything mixed"], heads=(6, 2), dtype=dtype, float8=True)
+    case.check()
+    case.kv_scales = None
+    case.check()
+
+
+@pytest.mark.parametrize("window", [None, 20])
+def test_alibi(window: int | None) -> None:
+    for dtype in TOLERANCE:
+        Case(ROWS["everything mixed"], heads=(6, 2), window=window, dtype=dtype, alibi=True).check()
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "any device"])
+def test_deterministic_results_depend_on_no_neighbour_and_no_cut(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not compiled:
+        monkeypatch.setattr(attention, "_compiled_decode", lambda: None)
+    for window in (None, 100):
+        whole = Case([(300, 300)], heads=(2, 1), window=window, deterministic=True)
+        want = whole.run()
+        for start, stop in ((0, 13), (13, 14), (14, 250), (250, 300)):
+            tables = whole.rows.block_tables.repeat(2, 1)
+            starts = np.array([0, stop - start, stop - start + 1], np.int32)
+            rows = PagedRows(tables, starts, np.array([stop, 40], np.int32), deterministic=True)
+            q = torch.cat([whole.q[start:stop], whole.q[39:40]])
+            got = paged_attention(q, whole.kv_layer, rows, whole.scale, window)
+            assert torch.equal(got, torch.cat([want[start:stop], want[39:40]]))

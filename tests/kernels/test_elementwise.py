@@ -1,6 +1,8 @@
-"""Cache writes, rotation, norms and activations against their naive twins."""
+"""Cache writes, rotation, norms and activations against their naive twins, and against themselves in other company."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -10,6 +12,16 @@ from torch.nn import functional as F
 from quire.kernels import activation, kv_cache, norm, reference, rotary
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+FILE = "kernels/activation.py"
+BUGS = [
+    ("no padding to whole vectors", FILE, "F.pad(values, (0, -len(values) % VECTOR))", "values",
+     "test_a_row_does_not_depend_on_its_neighbours"),
+    ("padding is part of the result", FILE, "[: len(values)].view(x.shape)", "[-len(values) :].view(x.shape)",
+     "test_activations"),
+    ("pieces that threads share", FILE, "PIECE = 1 << 13", "PIECE = 1 << 20",
+     "test_a_row_does_not_depend_on_its_neighbours"),
+]  # fmt: skip
 
 
 def close(got: torch.Tensor, want: torch.Tensor) -> None:
@@ -67,6 +79,10 @@ def test_norms(shape: tuple[int, ...], dtype: torch.dtype) -> None:
         norm.add_rms_norm(x, residual, weight, 1e-5), reference.add_rms_norm(x, residual, weight, 1e-5), strict=True
     ):
         close(got, want)
+    for w, b in ((weight, bias), (None, None)):
+        twin = reference.add_layer_norm(x, residual, w, b, 1e-5)
+        for got, want in zip(norm.add_layer_norm(x, residual, w, b, 1e-5), twin, strict=True):
+            close(got, want)
     close(norm.layer_norm(x, weight, bias, 1e-5), reference.layer_norm(x, weight, bias, 1e-5))
     close(norm.layer_norm(x, None, None, 1e-5), reference.layer_norm(x, None, None, 1e-5))
 
@@ -81,6 +97,73 @@ def test_activations(dtype: torch.dtype) -> None:
     torch.testing.assert_close(activation.gelu(x), reference.gelu(x), rtol=tail, atol=tail)
     torch.testing.assert_close(activation.gelu(x, tanh=True), reference.gelu(x, tanh=True), rtol=tail, atol=tail)
     close(activation.relu(x), reference.relu(x))
+    close(activation.silu_and_mul(x, deterministic=True), reference.silu_and_mul(x))
+    for tanh in (False, True):
+        torch.testing.assert_close(
+            activation.gelu(x, tanh, deterministic=True), reference.gelu(x, tanh), rtol=tail, atol=tail
+        )
+
+
+Rows = Callable[[torch.Tensor], torch.Tensor]
+"""[T, width] to a result for each row."""
+
+
+def _rotated(x: torch.Tensor) -> torch.Tensor:
+    """Each row turned by the position that its first value names."""
+    table = rotary.cos_sin_table(10000 ** -(torch.arange(0, 22, 2) / 22), 200)
+    heads = x[:, :88].unflatten(-1, (4, 22))
+    q, k = rotary.apply_rotary(heads[:, :3], heads[:, 3:], (x[:, 0].float().abs() * 10).long(), table)
+    return torch.cat([q, k], 1)
+
+
+def _layer_norms(x: torch.Tensor) -> torch.Tensor:
+    weight, bias = x.new_ones(x.shape[1]) / 3, x.new_ones(x.shape[1]) / 7
+    plain, total = norm.add_layer_norm(x, x.flip(-1), None, None, 1e-5)
+    return torch.cat([norm.layer_norm(x, weight, bias, 1e-5), plain, total], 1)
+
+
+def _rms_norms(x: torch.Tensor) -> torch.Tensor:
+    weight = x.new_ones(x.shape[1]) / 3
+    return torch.cat([norm.rms_norm(x, weight, 1e-6), *norm.add_rms_norm(x, x.flip(-1), weight, 1e-6)], 1)
+
+
+INVARIANT: dict[str, Rows] = {
+    "RMS norm": _rms_norms,
+    "RMS norm of heads": lambda x: norm.rms_norm(x.unflatten(-1, (-1, 4))[:, :20], x.new_ones(4) / 3, 1e-6).flatten(1),
+    "layer norm": _layer_norms,
+    "rotary": _rotated,
+    "relu": activation.relu,
+    "silu and mul": lambda x: activation.silu_and_mul(x, deterministic=True),
+    "silu and mul, rows apart": lambda x: activation.silu_and_mul(x[:, 3:-1], deterministic=True),
+    "gelu": lambda x: activation.gelu(x, deterministic=True),
+    "gelu by tanh": lambda x: activation.gelu(x, tanh=True, deterministic=True),
+}
+"""The forms of the deterministic mode on a CPU."""
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", INVARIANT.values(), ids=INVARIANT)
+def test_a_row_does_not_depend_on_its_neighbours(form: Rows, dtype: torch.dtype) -> None:
+    """Nor on their number, its place among them, and threads. The widths fill no whole number of vectors."""
+    for width in (100, 1000, 2816):
+        x = (3 * torch.randn(70, width)).to(dtype)
+        torch.set_num_threads(1)
+        alone = torch.cat([form(row) for row in x.split(1)])
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            for rows in range(1, 71) if width == 100 else (2, 3, 7, 16, 33, 64, 70):
+                start = rows * 37 % (71 - rows)
+                assert torch.equal(form(x[start : start + rows]), alone[start : start + rows]), (width, count, rows)
+            for shift in (1, 13, 50):
+                assert torch.equal(form(x.roll(shift, 0)), alone.roll(shift, 0)), (width, count, shift)
 
 
 def test_the_twins_are_torchs_own_functions() -> None:

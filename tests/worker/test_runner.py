@@ -322,7 +322,7 @@ def test_the_costliest_step_fits_the_limits():
     steps = []
 
     def forward(batch, _):
-        steps.append((np.diff(batch.query_starts).tolist(), batch.seq_lens.tolist()))
+        steps.append((np.diff(batch.rows.query_starts).tolist(), batch.rows.seq_lens.tolist()))
         return torch.zeros(len(batch.sample_index)).long()
 
     runner.decoder.forward = forward

@@ -203,13 +203,15 @@ def test_a_batch_equals_one_built_token_by_token(table, rows, num_tokens):
     table.apply(plan(admits=admits))
     work = table.apply(plan(rows, num_tokens))
     batch = build_batch(table, work)
-    for name, wanted in naive_batch(table, work).items():
+    naive = naive_batch(table, work)
+    assert batch.rows.query_starts.tolist() == naive.pop("query_starts")
+    for name, wanted in naive.items():
         assert getattr(batch, name).tolist() == wanted, name
     ends = work.starts + work.num_tokens
-    assert batch.seq_lens.tolist() == ends.tolist()
+    assert batch.rows.seq_lens.tolist() == ends.tolist()
     width = -(-max(ends) // SIZE.block_size)
-    assert batch.block_tables.tolist() == table.block_table[work.rows, :width].tolist()
+    assert batch.rows.block_tables.tolist() == table.block_table[work.rows, :width].tolist()
     for name in ("token_ids", "positions", "slots", "sample_index"):
         assert getattr(batch, name).dtype is torch.int64
-    assert batch.block_tables.dtype is torch.int32
-    assert batch.query_starts.dtype == batch.seq_lens.dtype == np.int32
+    assert batch.rows.block_tables.dtype is torch.int32
+    assert batch.rows.query_starts.dtype == batch.rows.seq_lens.dtype == np.int32

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from quire.kernels.attention import paged_attention
-from quire.kernels.kv_cache import write_kv
-from quire.kernels.rotary import apply_rotary
+from quire.kernels.qkv import norm_rotate_write
 from quire.worker.batch import Batch
 from quire.worker.layers.linear import Linear, RowParallelLinear
 from quire.worker.layers.norm import RMSNorm
@@ -30,6 +29,7 @@ class Attention(nn.Module):
         self.num_heads, self.num_kv_heads, self.head_dim = stop - start, kv_stop - kv_start, spec.head_dim
         self.scale = spec.head_dim**-0.5
         self.window = spec.windows[layer]
+        self.norm_eps = spec.norm_eps
         query_size = self.num_heads * spec.head_dim
         kv_size = self.num_kv_heads * spec.head_dim
         self.qkv = Linear(spec.hidden_size, query_size + 2 * kv_size, spec.qkv_bias, dtype, device)
@@ -45,15 +45,16 @@ class Attention(nn.Module):
         cos_sin: torch.Tensor | None,  # [P, D]; None: positions are not rotary
         select: torch.Tensor | None,  # [S]: tokens whose result is wanted; None: all
     ) -> torch.Tensor:  # [T or S, hidden]
-        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))
-        q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), 1)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if cos_sin is not None:
-            q, k = apply_rotary(q, k, batch.positions, cos_sin)
-        write_kv(k, v, kv_layer, batch.slots)
-        out = paged_attention(
-            q, kv_layer, batch.block_tables, batch.query_starts, batch.seq_lens, self.scale, self.window
-        ).flatten(1)
+        q = norm_rotate_write(
+            self.qkv(x).unflatten(-1, (-1, self.head_dim)),
+            kv_layer,
+            batch.slots,
+            batch.positions,
+            cos_sin,
+            q_norm=None if self.q_norm is None else self.q_norm.weight,
+            k_norm=None if self.k_norm is None else self.k_norm.weight,
+            eps=self.norm_eps,
+        )
+        out = paged_attention(q, kv_layer, batch.rows, self.scale, self.window).flatten(1)
         result: torch.Tensor = self.out(out if select is None else out[select])
         return result

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from quire.kernels.norm import add_rms_norm, layer_norm, rms_norm
+from quire.kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from quire.worker.layers.linear import empty_parameter
 from quire.worker.models.spec import ModelSpec
 
@@ -37,8 +37,10 @@ class LayerNorm(nn.Module):
         return layer_norm(x, self.weight, self.bias, self.eps)
 
     def add(self, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        total = x if residual is None else x + residual
-        return self(total), total
+        """As for RMSNorm."""
+        if residual is None:
+            return self(x), x
+        return add_layer_norm(x, residual, self.weight, self.bias, self.eps)
 
 
 def make_norm(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> RMSNorm | LayerNorm:

@@ -30,8 +30,11 @@ from numba.extending import intrinsic
 
 SPLIT = 256
 FASTMATH = {"reassoc", "contract", "arcp", "nsz"}
-RAW = {torch.float32: np.float32, torch.bfloat16: np.uint16, torch.float16: np.int16}
-"""numba has no 16-bit floats: their patterns travel as integers, and the type says which of the two they are."""
+RAW = {torch.float32: np.float32, torch.bfloat16: np.uint16, torch.float16: np.int16, torch.float8_e4m3fn: np.uint8}
+"""Elements of a pool. numba has no small floats: their patterns travel as integers, whose type says which they are."""
+
+WIDENED = {torch.float8_e4m3fn: 256.0}
+"""What `_widen` makes of an element, times this, is its value; 1 where not listed."""
 
 
 @intrinsic
@@ -45,6 +48,11 @@ def _widen(typing_context: Any, x: Any) -> Any:  # noqa: ARG001
             return builder.bitcast(pattern, ir.FloatType())
         if x == types.int16:
             return builder.fpext(builder.bitcast(value, ir.HalfType()), ir.FloatType())
+        if x == types.uint8:
+            # e4m3's bits, moved, are those of a float16 2^8 times smaller; between them stays a copy of the sign.
+            word = ir.IntType(16)
+            moved = builder.and_(builder.shl(builder.sext(value, word), word(7)), word(0xBFFF))
+            return builder.fpext(builder.bitcast(moved, ir.HalfType()), ir.FloatType())
         return value
 
     return types.float32(x), generate
@@ -233,6 +241,7 @@ def decode(
     seq_lens: np.ndarray,  # [B] int32
     scale: float,
     window: int | None,
+    kv_scales: torch.Tensor | None = None,  # [2, Hkv]
 ) -> torch.Tensor:  # [B, Hq, D]
     assert kv_layer.stride(-1) == 1
     assert block_tables.dtype == torch.int32 and block_tables.stride(1) == 1
@@ -242,7 +251,12 @@ def decode(
     first = np.maximum(lengths - visible, 0)
     counts = (lengths - 1) // SPLIT - first // SPLIT + 1
     num_splits = int(counts.sum())
-    scaled = (q.float() * scale).contiguous()
+    of_k: torch.Tensor | float
+    of_v: torch.Tensor | float
+    of_k = of_v = WIDENED.get(kv_layer.dtype, 1.0)
+    if kv_scales is not None:
+        of_k, of_v = kv_scales.repeat_interleave(heads // kv_layer.shape[3], 1)[..., None] * of_k
+    scaled = (q.float() * (scale * of_k)).contiguous()
     out = torch.empty((num_splits, heads, size))
     sums = torch.empty((num_splits, 2, heads))
     parallel = _parallel()
@@ -255,8 +269,11 @@ def decode(
         ],
         np.int64,
     )  # fmt: skip
-    parallel(_region(q.dtype).address, arguments.ctypes.data, torch.get_num_threads(), 0)
-    return _merge(out, sums, counts).to(q.dtype)
+    parallel(_region(kv_layer.dtype).address, arguments.ctypes.data, torch.get_num_threads(), 0)
+    merged = _merge(out, sums, counts)
+    if isinstance(of_v, torch.Tensor) or of_v != 1.0:
+        merged *= of_v
+    return merged.to(q.dtype)
 
 
 def _merge(out: torch.Tensor, sums: torch.Tensor, counts: np.ndarray) -> torch.Tensor:
