@@ -31,6 +31,10 @@ bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks.scheduler
 	$(BIN)/python -m benchmarks.offline
 
+.PHONY: bench-gpu
+bench-gpu: $(VENV)/installed
+	$(BIN)/python -m benchmarks.gpu --out benchmarks/results $(ARGS)
+
 $(VENV)/bin/python:
 	@command -v $(PYTHON) >/dev/null || { echo "Quire needs Python 3.11 or newer: $(PYTHON) was not found" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Quire needs Python 3.11 or newer: set PYTHON=" >&2; exit 1; }

@@ -3,8 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    layers: int
+    hidden: int
+    mlp: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+
 
 _LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -52,6 +65,32 @@ SHAPES: dict[str, dict[str, Any]] = {
         "bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 1,
     },
 }  # fmt: skip
+
+
+def sizes(name: str) -> Sizes:
+    """What kernels see of that shape."""
+    config = SHAPES[name]
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    return Sizes(
+        layers=config["num_hidden_layers"],
+        hidden=hidden,
+        mlp=config.get("intermediate_size") or config["ffn_dim"],
+        heads=heads,
+        kv_heads=config.get("num_key_value_heads", heads),
+        head_dim=config.get("head_dim", hidden // heads),
+        vocab=config["vocab_size"],
+    )
+
+
+def linears(name: str) -> dict[str, tuple[int, int]]:
+    """[out, in] of the weights of a layer with a gated MLP, as they are multiplied: fused."""
+    s = sizes(name)
+    return {
+        "qkv": ((s.heads + 2 * s.kv_heads) * s.head_dim, s.hidden),
+        "out": (s.hidden, s.heads * s.head_dim),
+        "gate_up": (2 * s.mlp, s.hidden),
+        "down": (s.hidden, s.mlp),
+    }
 
 
 def write(name: str, folder: Path) -> Path:
