@@ -85,6 +85,8 @@ engine_options = options(
     option("--tensor-parallel-size", "-tp", type=int, default=1, help="Ranks that share the model."),
     option("--dtype", type=click.Choice(["auto", "float32", "float16", "bfloat16"]), default="auto",
            help="Of weights and KV cache; auto: the model's own."),
+    option("--kv-cache-dtype", type=click.Choice(["auto", "fp8"]), default="auto",
+           help="fp8 (e4m3) holds twice the tokens of a 16-bit cache; auto: as --dtype."),
     option("--max-model-len", type=COUNT, help="Longest sequence: 4096, 8k, 1K.  [default: the model's]"),
     option("--block-size", type=int, default=16, help="Tokens of a KV block."),
     option("--gpu-memory-utilization", type=float, default=0.9, help="Share of a GPU's memory to use."),
@@ -93,6 +95,8 @@ engine_options = options(
     option("--max-num-seqs", type=int, help="Sequences that run at once.  [default: 256 on a GPU, 64 on a CPU]"),
     option("--max-num-batched-tokens", type=COUNT, help="Tokens of the largest step.  [default: 2048]"),
     option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="auto: a GPU if there is one."),
+    option("--deterministic", is_flag=True,
+           help="A request's output is the same to the last bit whatever runs beside it."),
 )  # fmt: skip
 
 url_option = option("--url", default=URL, metavar="HOST:PORT", help="The server.")

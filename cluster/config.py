@@ -48,6 +48,8 @@ class EngineConfig:
     """A local folder, or a name that is in the local Hugging Face cache. None: the bundled model."""
     device: str = "auto"
     dtype: str = "auto"
+    kv_cache_dtype: str = "auto"
+    """auto: as `dtype`; fp8: e4m3."""
     tensor_parallel_size: int = 1
     max_model_len: int | None = None
     block_size: int = 16
@@ -59,6 +61,8 @@ class EngineConfig:
     max_num_waiting: int | None = None
     seed: int = 0
     load_format: str = "auto"
+    deterministic: bool = False
+    """What a request gets does not depend on what runs beside it, to the last bit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +109,7 @@ class ResolvedEngine:
     """As the user gave it."""
     device: str
     dtype: str
+    kv_cache_dtype: str
     tensor_parallel_size: int
     max_model_len: int
     block_size: int
@@ -116,6 +121,7 @@ class ResolvedEngine:
     max_num_waiting: int
     seed: int
     load_format: str
+    deterministic: bool
     notes: tuple[str, ...] = ()
     """Choices that a user might not expect, each a sentence to be shown at the start."""
 
@@ -128,6 +134,7 @@ class ResolvedEngine:
             model=self.model,
             device=self.device,
             dtype=self.dtype,
+            kv_cache_dtype=self.kv_cache_dtype,
             load_format=self.load_format,
             rank=rank,
             tensor_parallel_size=self.tensor_parallel_size,
@@ -138,6 +145,7 @@ class ResolvedEngine:
             gpu_memory_utilization=self.gpu_memory_utilization,
             kv_cache_memory_bytes=self.kv_cache_memory_bytes,
             num_gpu_blocks_override=self.num_gpu_blocks_override,
+            deterministic=self.deterministic,
             seed=self.seed,
         )
 
@@ -174,12 +182,14 @@ def resolve(config: EngineConfig) -> ResolvedEngine:
     device = config.device if config.device != "auto" else "cuda" if gpu_is_visible() else "cpu"
     max_model_len = _max_model_len(config, spec, device, notes)
     max_num_seqs = config.max_num_seqs or MAX_NUM_SEQS[device]
+    dtype = _dtype(config, spec, device, notes)
     engine = ResolvedEngine(
         spec=spec,
         model=str(folder),
         model_name=config.model.rstrip("/") if config.model is not None else BUNDLED_NAME,
         device=device,
-        dtype=_dtype(config, spec, device, notes),
+        dtype=dtype,
+        kv_cache_dtype=dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype,
         tensor_parallel_size=config.tensor_parallel_size,
         max_model_len=max_model_len,
         block_size=config.block_size,
@@ -193,6 +203,7 @@ def resolve(config: EngineConfig) -> ResolvedEngine:
         else WAITING_PER_SEQUENCE * max_num_seqs,
         seed=config.seed,
         load_format=config.load_format,
+        deterministic=config.deterministic,
         notes=tuple(notes),
     )
     _check_resolved(engine)
@@ -206,6 +217,7 @@ def _check(config: EngineConfig) -> None:
     for flag, value, known in (
         ("--device", config.device, ("auto", *DEVICES)),
         ("--dtype", config.dtype, ("auto", *DTYPES)),
+        ("--kv-cache-dtype", config.kv_cache_dtype, ("auto", "fp8")),
         ("--load-format", config.load_format, LOAD_FORMATS),
     ):
         if value not in known:

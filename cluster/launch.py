@@ -172,7 +172,8 @@ class Replica:
         ]
 
     def _start_workers(self, stop: Callable[[], bool]) -> list[WorkerAddress]:
-        self.progress.line(f"starting {len(self.workers)} worker(s)")
+        how = ", deterministic" if self.engine.deterministic else ""
+        self.progress.line(f"starting {len(self.workers)} worker(s){how}")
         init_method = self._get(self.workers[0].rendezvous.remote(), stop, "worker rank 0")
         loading = [worker.load.remote(init_method) for worker in self.workers]
         self._show_loading(loading, stop)

@@ -83,6 +83,7 @@ class LLM:
         *,
         device: str | None = None,
         dtype: str | None = None,
+        kv_cache_dtype: str | None = None,
         tensor_parallel_size: int = 1,
         max_model_len: int | None = None,
         block_size: int | None = None,
@@ -93,13 +94,15 @@ class LLM:
         max_num_batched_tokens: int | None = None,
         seed: int = 0,
         load_format: str = "auto",
+        deterministic: bool = False,
     ) -> None:
         given: dict[str, Any] = dict(
-            model=model, device=device, dtype=dtype, tensor_parallel_size=tensor_parallel_size,
-            max_model_len=max_model_len, block_size=block_size, gpu_memory_utilization=gpu_memory_utilization,
+            model=model, device=device, dtype=dtype, kv_cache_dtype=kv_cache_dtype,
+            tensor_parallel_size=tensor_parallel_size, max_model_len=max_model_len, block_size=block_size,
+            gpu_memory_utilization=gpu_memory_utilization,
             kv_cache_memory_bytes=kv_cache_memory_bytes, num_gpu_blocks_override=num_gpu_blocks_override,
             max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, seed=seed,
-            load_format=load_format,
+            load_format=load_format, deterministic=deterministic,
         )  # fmt: skip
         self.config = resolve(EngineConfig(**{name: value for name, value in given.items() if value is not None}))
         self.tokenizer = _tokenizer(self.config.model)

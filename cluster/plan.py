@@ -102,7 +102,7 @@ def _measure(engine: ResolvedEngine, memory: int | None) -> Plan:
     by_rank = [bytes_by_group(spec, engine.dtype, rank, size, packed) for rank in range(size)]
     most = max(by_rank, key=lambda groups: sum(groups.values()))
     start, stop = kv_head_share(spec.num_kv_heads, 0, size)
-    per_token = spec.num_layers * 2 * (stop - start) * spec.head_dim * DTYPE_BYTES[engine.dtype]
+    per_token = spec.num_layers * 2 * (stop - start) * spec.head_dim * DTYPE_BYTES[engine.kv_cache_dtype]
     plan = Plan(
         engine=engine,
         weights=tuple((group.value, bytes_) for group, bytes_ in most.items()),

@@ -19,7 +19,10 @@ class WorkerConfig:
     """"cpu" or "cuda"; on a GPU the process sees exactly one device."""
 
     dtype: str = "float32"
-    """Weights, activations and KV cache: "float32", "float16" or "bfloat16"."""
+    """Weights and activations: "float32", "float16" or "bfloat16"."""
+
+    kv_cache_dtype: str | None = None
+    """Keys and values as they are stored; None: as `dtype`; "fp8": e4m3, half the memory of a 16-bit type."""
 
     load_format: str = "auto"
     """"auto" reads safetensors, "dummy" draws random-normal weights (equal for every tensor-parallel size)."""
@@ -47,6 +50,9 @@ class WorkerConfig:
 
     num_gpu_blocks_override: int | None = None
     """Exact number of KV blocks; wins over every other way of sizing the pool."""
+
+    deterministic: bool = False
+    """A row's numbers depend neither on the rows beside it nor on how its tokens were cut into steps nor on threads."""
 
     num_threads: int | None = None
     """Compute threads of this rank on a CPU; None: the machine's cores divided by the ranks on it."""

@@ -67,13 +67,28 @@ class TensorParallel:
             dist.all_reduce(x, group=self.group)
         return x
 
+    def sum_in_order(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks, in place, added up rank by rank in float32 and rounded once: with more than two ranks the
+        order in which an all-reduce adds depends on where an element lies in the message and on how long that is."""
+        if self.size <= 2:  # either order of two gives the same
+            return self.all_reduce(x)
+        total = None
+        for part in self._gather(x):
+            total = part.float() if total is None else total.add_(part)
+        assert total is not None
+        return x.copy_(total)
+
     def all_gather(self, x: torch.Tensor, dim: int) -> torch.Tensor:
         """Equal shapes of all ranks, concatenated along `dim`."""
         if self.size == 1:
             return x
+        return torch.cat(self._gather(x), dim)
+
+    def _gather(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Equal shapes of all ranks, in their order."""
         parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.size)]
         dist.all_gather(parts, x.contiguous(), group=self.group)
-        return torch.cat(parts, dim)
+        return parts
 
     def broadcast(self, x: torch.Tensor) -> torch.Tensor:
         """What rank 0 has, in place on the others; shapes are equal."""

@@ -29,6 +29,12 @@ Progress = Callable[[int, int], None]
 SCRATCH_BLOCKS = 8
 """Of rehearsals: their rows share these blocks, and read what they like."""
 
+KV_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "fp8": torch.float8_e4m3fn,
+}
 GREEDY = worker_pb2.Sampling(top_p=1, repetition_penalty=1)
 NO_TOKENS = np.empty(0, np.int64)
 COSTLIEST = worker_pb2.Sampling(temperature=1, top_p=0.9, repetition_penalty=1.1, logprobs=1)
@@ -86,7 +92,7 @@ class Runner:
             self.config.block_size,
             self.decoder.num_local_kv_heads,
             self.decoder.spec.head_dim,
-            getattr(torch, self.config.dtype),
+            KV_DTYPES[self.config.kv_cache_dtype or self.config.dtype],
         )
 
     def measure(self) -> int:
@@ -105,6 +111,12 @@ class Runner:
         for sampling in (GREEDY, COSTLIEST):
             lengths = [longest, 1] if is_room else [longest]
             self._rehearse([(length, 0) for length in lengths], sampling, num_decodes=1)
+        if self._device.type == "cuda":
+            # Kernels are compiled at their first use: also those of contexts that are cut, and of prefixes that four
+            # rows share, as all rows of a rehearsal share their blocks.
+            longest = config.max_model_len
+            self._rehearse([(longest, longest - 1)], GREEDY, num_decodes=0)
+            self._rehearse([(min(longest, 512), min(longest, 512) - 1)] * min(4, config.max_num_seqs), GREEDY, 0)
 
     @torch.inference_mode()
     def run(self, plan: worker_pb2.StepPlan) -> worker_pb2.StepReport:
@@ -144,7 +156,7 @@ class Runner:
         work = table.apply(plan)
         if not work.rows.size:
             return NO_TOKENS, []
-        hidden = self.decoder.forward(build_batch(table, work), pool.tensor)
+        hidden = self.decoder.forward(build_batch(table, work, self.config.deterministic), pool.tensor)
         tokens, logprobs = self._sample(table, work, hidden)
         table.advance(work, tokens)
         # Every rank waits here: a report says that the step is over.

@@ -56,7 +56,7 @@ def load_model(config: WorkerConfig, spec: ModelSpec, tp: TensorParallel, progre
     total = sum(prod(local_shape(tensor, spec, tp.rank, tp.size)) for tensor in table) * dtype.itemsize
     model = Decoder(spec, tp, dtype, config.device, min(config.max_model_len, spec.max_position_embeddings))
     fill(model, stream, lambda done: progress(done, total) if progress else None)
-    model.pack()
+    model.pack(config.deterministic)
     return model
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from quire.worker.layers.linear import empty_parameter, multiply, pack_weight
+from quire.worker.layers.linear import Product, choose_product, empty_parameter
 from quire.worker.models.checkpoint import share
 from quire.worker.parallel import TensorParallel
 
@@ -67,18 +67,21 @@ class Head(nn.Module):
         self.weight: nn.Parameter | None
         self.weight = empty_parameter(own, size, dtype=dtype, device=device) if tied is None else tied
         self.tied = tied is not None
+        self.product: Product = F.linear
         self.packed: torch.Tensor | None = None
 
-    def pack(self) -> None:
+    def pack(self, deterministic: bool = False) -> None:
         """As for a linear layer; a tied weight stays beside its packed copy, for the embedding."""
         assert self.weight is not None
-        self.packed = pack_weight(self.weight)
+        self.product, self.packed = choose_product(self.weight, deterministic)
         if self.packed is not None and not self.tied:
             self.weight = None
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[S, size] -> [S, vocab_size] float32"""
-        logits = multiply(hidden, self.weight, self.packed)
+        weight = self.weight if self.packed is None else self.packed
+        assert weight is not None
+        logits = self.product(hidden, weight, None)
         widest = max(self.shares)
         logits = self.tp.all_gather(F.pad(logits, (0, widest - logits.shape[-1])), -1)
         if min(self.shares) < widest:

@@ -13,7 +13,7 @@ from quire.worker.layers.linear import Linear, RowParallelLinear
 from quire.worker.models.spec import ModelSpec
 from quire.worker.parallel import TensorParallel
 
-ACTIVATIONS: dict[tuple[str, bool], Callable[[torch.Tensor], torch.Tensor]] = {
+ACTIVATIONS: dict[tuple[str, bool], Callable[..., torch.Tensor]] = {
     ("silu", True): silu_and_mul,
     ("gelu", False): gelu,
     ("gelu_tanh", False): partial(gelu, tanh=True),
@@ -30,6 +30,12 @@ class MLP(nn.Module):
         self.activation = ACTIVATIONS[spec.activation, spec.gated]
         self.up = Linear(spec.hidden_size, 2 * width if spec.gated else width, spec.mlp_bias, dtype, device)
         self.down = RowParallelLinear(width, spec.hidden_size, spec.mlp_bias, tp, dtype, device)
+
+    def pack(self, deterministic: bool = False) -> None:
+        """After filling: settles the form of the activation; relu rounds nothing and has but one. The linear layers
+        are packed by themselves."""
+        if deterministic and self.activation is not relu:
+            self.activation = partial(self.activation, deterministic=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, hidden] -> [T, hidden]"""

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from quire.worker.models.spec import ModelError, ModelSpec
 
-DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "fp8": 1}
 FILE_DTYPES = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8}
 """Element types of a safetensors file that can be cast on loading, and their bytes."""
 HEAD = "lm_head.weight"

@@ -96,11 +96,12 @@ class Decoder(nn.Module):
         tied = self.embedding.weight if spec.tied_head else None
         self.head = Head(spec.vocab_size, width, tp, dtype, device, tied)
 
-    def pack(self) -> None:
-        """After filling: lays weights out for the device's fastest products."""
+    def pack(self, deterministic: bool = False) -> None:
+        """After filling: lays weights out for the device's fastest products, and settles whether operations are to be
+        those of which each row depends on itself alone."""
         for module in self.modules():
-            if isinstance(module, Linear | Head):
-                module.pack()
+            if isinstance(module, Linear | Head | MLP):
+                module.pack(deterministic)
         self.weight_bytes = sum(self._count_bytes(packed=self.head.packed is not None).values())
 
     @torch.inference_mode()
