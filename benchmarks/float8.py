@@ -60,10 +60,8 @@ def main() -> None:
         apart += [abs(a - b) for a, b in zip(values[: same + 1], other_values[: same + 1], strict=True)]
     whole = sum(tokens == others for (tokens, _), (others, _) in zip(own, stored, strict=True))
     print(f"{NUM_PROMPTS} prompts, {NUM_TOKENS} tokens each, greedy")
-    print(
     share = equal / (NUM_PROMPTS * NUM_TOKENS)
     print(f"equal up to the first difference: {share:.1%} of the tokens; whole outputs: {whole}")
-    )
     print(f"log-probabilities apart: mean {np.mean(apart):.4f}, 99th percentile {np.quantile(apart, 0.99):.4f}")
 
 
