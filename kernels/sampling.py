@@ -195,10 +195,26 @@ def log_probabilities_by_sorting(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     everything = logits.log_softmax(dim=-1)
     sampled = everything.gather(1, tokens.clamp(min=0)[:, None])
-    best = everything.topk(k, dim=-1)
-    ids = torch.cat([tokens[:, None], best.indices], dim=1)
-    values = torch.cat([sampled, best.values], dim=1)
+    best = _largest(everything, k)
+    ids = torch.cat([tokens[:, None], best], dim=1)
+    values = torch.cat([sampled, everything.gather(1, best)], dim=1)
     return ids, values, 1 + (everything > sampled).sum(dim=-1)
+
+
+def _largest(x: torch.Tensor, k: int) -> torch.Tensor:
+    """[A, V] float32 to the indices [A, k] of each row's k largest, the lowest index first among equals: which of them
+    topk finds depends on k, and k is what the greediest row asks for."""
+    vocab_size = x.shape[1]
+    found = x.topk(min(k + 1, vocab_size), dim=-1)
+    best = found.indices[:, :k]
+    tied = (found.values[:, 1:] == found.values[:, :-1]).any(dim=-1).nonzero()[:, 0]
+    if len(tied):
+        pattern = x[tied].view(torch.int32)
+        # As integers these are ordered like the numbers; an index below makes each of them unique.
+        ordered = (pattern ^ ((pattern >> 31) & 0x7FFFFFFF)).long() << 32
+        index = torch.arange(vocab_size - 1, -1, -1, device=x.device)
+        best[tied] = (ordered | index).topk(k, dim=-1).indices
+    return best
 
 
 def noise_keys(seed: np.ndarray, position: np.ndarray) -> np.ndarray:

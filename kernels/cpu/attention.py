@@ -23,7 +23,8 @@ QUERY_TILE = 512
 """Queries of one prefill row computed together: bounds the mask, and spares keys after the tile's last query."""
 
 GATHERED_BYTES = 1 << 28
-"""Keys and values, padding included, that `decode_gathered` copies at once; more only for a single row."""
+"""Keys and values, padding included, that `decode_gathered` copies at once, and scratch of the deterministic form; more
+only for a single row."""
 
 
 class Options(NamedTuple):
@@ -55,7 +56,13 @@ def paged_attention(
         owner = np.repeat(np.arange(len(lengths)), lengths)
         ends = np.arange(len(q)) - starts[owner] + (seq_lens - lengths)[owner] + 1
         index = torch.from_numpy(owner).to(q.device)
-        return _decode(q, kv_layer, tables[index], ends.astype(np.int32), options, deterministic=True)
+        # Each row leaves a partial result for every split of its context.
+        scratch = 4 * q[0].numel() * (1 + int(seq_lens.max()) // 256)
+        parts = [
+            _decode(q[part], kv_layer, tables[index[part]], ends[part].astype(np.int32), options, deterministic=True)
+            for part in _slices(len(q), max(1, GATHERED_BYTES // scratch))
+        ]
+        return torch.cat(parts)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if len(decode):
         index = torch.from_numpy(decode).to(q.device)
@@ -65,6 +72,10 @@ def paged_attention(
         tokens = slice(int(starts[row]), int(starts[row + 1]))
         out[tokens] = _prefill(q[tokens], kv_layer, tables[row], int(seq_lens[row]), options)
     return out
+
+
+def _slices(total: int, size: int) -> Iterator[slice]:
+    return (slice(start, start + size) for start in range(0, total, size))
 
 
 def _plain(kv: torch.Tensor, options: Options, half: int, dtype: torch.dtype) -> torch.Tensor:
@@ -140,11 +151,16 @@ def _decode(
         return compiled(q, kv_layer, block_tables, seq_lens, options.scale, options.window, options.kv_scales)
     if not deterministic:
         return decode_gathered(q, kv_layer, block_tables, seq_lens, options)
-    # Shapes decide how torch sums: a row alone has the same shapes in every batch.
+    # Shapes and the number of threads decide how torch sums: a row alone has the same shapes in every batch.
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    for row in range(len(q)):
-        one = slice(row, row + 1)
-        out[one] = decode_gathered(q[one], kv_layer, block_tables[one], seq_lens[one], options)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for row in range(len(q)):
+            one = slice(row, row + 1)
+            out[one] = decode_gathered(q[one], kv_layer, block_tables[one], seq_lens[one], options)
+    finally:
+        torch.set_num_threads(threads)
     return out
 
 

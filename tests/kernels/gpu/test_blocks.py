@@ -72,8 +72,8 @@ def test_nothing_to_move(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_blocks_past_two_gigabytes() -> None:
-    """In the upper half of memory twice as large, so that an offset that turns negative finds zeros. Only the pages that
-    are touched are really there."""
+    """In the upper half of memory twice as large, so that an offset that turns negative finds zeros. Only the pages
+    that are touched are really there."""
     size = 65537
     count = (1 << 31) // size + 3
     pool = torch.empty(2 * count, size, dtype=torch.uint8, device=DEVICE)[count:]
