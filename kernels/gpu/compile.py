@@ -148,9 +148,8 @@ def _read_cuda(asm: dict[str, Any], device: Device) -> Built:
         usage = _cuobjdump("--dump-resource-usage", file)
         used = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
         built = Built(registers=used["REG"], stack=used["STACK"] + used["LOCAL"])
-        if not (built.stack or device.is_hopper):
-            return built
-        code = _cuobjdump("--dump-sass", file)
+        # Disassembling takes time: only for what may be found.
+        code = _cuobjdump("--dump-sass", file) if built.stack or (device.is_hopper and "mma" in asm["ptx"]) else ""
     # Kernels have no arrays of their own on the stack: whatever is stored there is spilled.
     for stored in re.findall(r"\sSTL(\S*)\s", code):
         bits = re.findall(r"\d+", stored) or [32]
