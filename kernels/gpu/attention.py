@@ -363,6 +363,8 @@ class SharedWork:
     members: torch.Tensor
     parts: torch.Tensor
     """[B, 3] int32, see `merge`."""
+    first_keys: torch.Tensor
+    """[B] int32: where the keys begin that each row attends to by itself."""
     num_slots: int
 
 
@@ -433,33 +435,33 @@ def _phase(
     fixed = chunk if rows.deterministic else 0
     shape = Shape(shortest, longest, queries, tile.keys, geometry.window, chunk, fixed, places)
     aligned = ALIGNED_CHUNKS if rows.deterministic else 1
-    shared = first_keys = first_keys_ = None
-    if longest == 1 and not geometry.window and not rows.static and rows.shared is not None:
+    shared = first_keys = None
+    if longest == 1 and not geometry.window and not rows.static:
         shared, first_keys = _shared_work(rows, geometry, device)
-        if shared is not None:
-            first_keys_ = torch.from_numpy(first_keys).to(lengths.device, non_blocking=True)
-        else:
-            first_keys = None
     if rows.static and not fixed:
         # Of any lengths: each row ends in one chunk that is not full, and the full ones fill the places.
         num_items = places + len(rows.seq_lens) * (2 if geometry.window else 1)
         num_slots = num_items if geometry.window else min(num_items, 2 * places)
     else:
         num_items, num_slots = count_work(rows.query_starts, rows.seq_lens, first_keys, shape, aligned)
-    work = make_work(starts, lengths, first_keys_, shape, aligned, num_items, num_slots)
+    own = None if shared is None else shared.first_keys
+    work = make_work(starts, lengths, own, shape, aligned, num_items, num_slots)
     return Phase(tile, queries, work, shared)
 
 
-def _shared_work(rows: PagedRows, geometry: Geometry, device: Device) -> tuple[SharedWork | None, np.ndarray]:
-    """The groups that are worth it: items for their prefixes, and [B] int32, where each row's own keys begin."""
-    assert rows.shared is not None
+def _shared_work(
+    rows: PagedRows, geometry: Geometry, device: Device
+) -> tuple[SharedWork, np.ndarray] | tuple[None, None]:
+    """The groups that are worth it: items for their prefixes, and its `first_keys` on the host."""
     groups = rows.shared
+    if groups is None:
+        return None, None
     first_keys = np.zeros(len(rows.seq_lens), np.int32)
     parts = np.zeros((len(rows.seq_lens), 3), np.int32)
     sizes = np.diff(groups.starts)
     worth = np.flatnonzero((sizes >= FEWEST_ROWS) & (groups.lengths >= FEWEST_TOKENS))
     if not worth.size:
-        return None, first_keys
+        return None, None
     tile = tuning.prefill_tile(device, geometry.group, geometry.head_dim, geometry.itemsize)
     queries = tile.rows // geometry.group
     tiles = -(-sizes[worth] // queries)
@@ -480,8 +482,9 @@ def _shared_work(rows: PagedRows, geometry: Geometry, device: Device) -> tuple[S
                 first, end = split * chunk, min(length, (split + 1) * chunk)
                 items.append([members[0], groups.starts[g] + at, first, end, slot + split, count, 0, 0])
             slot += splits
-    items_, members_, parts_ = _upload(rows.block_tables.device, np.array(items), groups.rows, parts)
-    return SharedWork(tile, queries, items_, members_, parts_, slot), first_keys
+    arrays = np.array(items), groups.rows, parts, first_keys
+    items_, members_, parts_, first_keys_ = _upload(rows.block_tables.device, *arrays)
+    return SharedWork(tile, queries, items_, members_, parts_, first_keys_, slot), first_keys
 
 
 def _launch(
