@@ -11,6 +11,7 @@ import importlib.util
 import os
 import sys
 
+import hypothesis
 import torch
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -21,6 +22,12 @@ collect_ignore_glob = [] if HAS_TRITON else ["kernels/gpu/*"]
 if not torch.cuda.is_available():
     assert "triton" not in sys.modules, "imported too early to be told to interpret"
     os.environ["TRITON_INTERPRET"] = "1"
+
+# The same examples on every machine: a run that fails is a run that anybody can repeat. To look for new ones:
+# HYPOTHESIS_PROFILE=search python -m pytest tests/kernels --hypothesis-seed=7
+hypothesis.settings.register_profile("repeatable", derandomize=True, database=None)
+hypothesis.settings.register_profile("search", derandomize=False)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
 def pytest_report_header() -> str:

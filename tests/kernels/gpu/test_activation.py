@@ -72,15 +72,16 @@ def randn(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 def check(form: Form, x: torch.Tensor) -> None:
     got = form(gpu)(x)
     assert got.is_contiguous() and got.dtype == x.dtype
-    for module in (activation, reference):
-        close(got, form(module)(x.cpu()))
+    close(got, form(reference)(x.cpu()), tail=8)
+    close(got, form(activation)(x.cpu()), tail=24)
 
 
-def close(got: torch.Tensor, want: torch.Tensor) -> None:
+def close(got: torch.Tensor, want: torch.Tensor, tail: int) -> None:
     """Two roundings for each of the numbers that a gated value is made of: the interpreter cuts off where a GPU rounds
-    to bfloat16. torch's tails, differences of nearly equal numbers, are the less exact ones."""
+    to bfloat16. GELU's tail is x / 2 times a difference of nearly equal numbers, hence `tail` roundings of 1: torch's
+    vectorized erf is off by more of them than the twin's."""
     eps = torch.finfo(want.dtype).eps
-    torch.testing.assert_close(got.cpu(), want, rtol=4 * eps, atol=8 * torch.finfo(torch.float32).eps + eps**2)
+    torch.testing.assert_close(got.cpu(), want, rtol=4 * eps, atol=tail * torch.finfo(torch.float32).eps + eps**2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
