@@ -25,7 +25,8 @@ format: $(VENV)/installed-test
 
 protos: $(VENV)/installed-test build/path/quire
 	cd build/path && ../../$(BIN)/python -m grpc_tools.protoc -Iquire/protos=quire/protos \
-		--python_out=. --pyi_out=. --grpc_python_out=. quire/protos/generation.proto quire/protos/worker.proto
+		--python_out=. --pyi_out=. --grpc_python_out=. quire/protos/generation.proto \
+		quire/protos/relay.proto quire/protos/worker.proto
 
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks.scheduler

@@ -1,16 +1,19 @@
-"""What the GPU benchmarks have in common around their measurements: options, progress, Markdown tables, JSON files."""
+"""What the benchmarks have in common around their measurements: options, progress, Markdown tables, JSON files."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import re
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from benchmarks.timing import machine
 
 FLAGS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "out": (("--out",), {"type": Path, "default": None, "metavar": "DIR", "help": "write Markdown and JSON here"}),
@@ -46,6 +49,18 @@ def describe_machine(machine: dict[str, Any]) -> list[str]:
     if machine["device"] == "cpu":
         lines += ["", "**A run-through on a CPU, of tiny sizes: errors mean something, and no time does.**"]
     return lines
+
+
+def host(device: str = "cpu") -> dict[str, object]:
+    """As `timing.machine`, with the processor: for what is measured in earnest on one."""
+    cpuinfo = Path("/proc/cpuinfo")
+    name = re.search(r"model name\s*:\s*(.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    cores = len(os.sched_getaffinity(0))
+    return {**machine(torch.device(device)), "cpu": name[1] if name else "unknown", "cores": cores}
+
+
+def describe_host(found: dict[str, Any]) -> str:
+    return "; ".join(f"{name} {value}" for name, value in found.items() if (name, value) != ("device", "cpu")) + "."
 
 
 def table(head: list[str], rows: list[list[str]]) -> list[str]:

@@ -42,8 +42,8 @@ def measure(running: int, steps: int) -> tuple[list[float], list[float]]:
         end = time.perf_counter_ns()
         plans.append((middle - start) / 1e3)
         results.append((end - before) / 1e3)
-        for _ in range(sum(event.finish_reason is not None for event in events)):
-            scheduler.add(_request(added, 0))
+        for _ in events.ends:
+            scheduler.add(request(added, 0))
             added += 1
     gc.enable()
     scheduler.audit()
@@ -52,18 +52,9 @@ def measure(running: int, steps: int) -> tuple[list[float], list[float]]:
 
 def _filled(running: int) -> Scheduler:
     """A scheduler whose sequences are spread evenly over their lives, as in a server that has run for a while."""
-    scheduler = Scheduler(
-        SchedulerConfig(
-            num_blocks=running * (PROMPT + OUTPUT) // BLOCK + running,
-            block_size=BLOCK,
-            max_model_len=PROMPT + OUTPUT,
-            max_num_seqs=running,
-            max_num_batched_tokens=max(running * PROMPT, 2048),
-            watermark=0.0,
-        )
-    )
+    scheduler = Scheduler(limits_for(running))
     for number in range(running):
-        scheduler.add(_request(number, number * (OUTPUT - 2) // running))
+        scheduler.add(request(number, number * (OUTPUT - 2) // running))
     plan = scheduler.schedule()
     while plan is not None and not len(plan.rows) == running == plan.num_sampled:
         scheduler.apply(_answer(plan))
@@ -73,7 +64,19 @@ def _filled(running: int) -> Scheduler:
     return scheduler
 
 
-def _request(number: int, served: int) -> Request:
+def limits_for(running: int) -> SchedulerConfig:
+    """Room for exactly so many sequences at once."""
+    return SchedulerConfig(
+        num_blocks=running * (PROMPT + OUTPUT) // BLOCK + running,
+        block_size=BLOCK,
+        max_model_len=PROMPT + OUTPUT,
+        max_num_seqs=running,
+        max_num_batched_tokens=max(running * PROMPT, 2048),
+        watermark=0.0,
+    )
+
+
+def request(number: int, served: int) -> Request:
     """`served`: how many of its output tokens count as produced already."""
     params = SamplingParams(max_tokens=OUTPUT - served, temperature=0)
     return Request.checked(str(number), range(3, 3 + PROMPT), params, number, LIMITS)

@@ -17,6 +17,8 @@ class Sizes:
     kv_heads: int
     head_dim: int
     vocab: int
+    gated: bool = True
+    """The MLP has a gate."""
 
 
 _LLAMA = {
@@ -58,6 +60,10 @@ SHAPES: dict[str, dict[str, Any]] = {
         1024, 3072, 28, 16, 8, 151936, head_dim=128, rope_theta=1000000.0, max_position_embeddings=40960,
         architectures=["Qwen3ForCausalLM"], model_type="qwen3", rms_norm_eps=1e-6,
     ),
+    "qwen3-8b": _llama(
+        4096, 12288, 36, 32, 8, 151936, head_dim=128, rope_theta=1000000.0, max_position_embeddings=40960,
+        architectures=["Qwen3ForCausalLM"], model_type="qwen3", rms_norm_eps=1e-6, tie_word_embeddings=False,
+    ),
     "opt-13b": {
         "architectures": ["OPTForCausalLM"], "model_type": "opt", "hidden_size": 5120, "ffn_dim": 20480,
         "num_hidden_layers": 40, "num_attention_heads": 40, "vocab_size": 50272, "max_position_embeddings": 2048,
@@ -67,28 +73,37 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def config(name: str) -> dict[str, Any]:
+    """Of one of this file's shapes, or of a model's folder."""
+    if name in SHAPES:
+        return SHAPES[name]
+    found: dict[str, Any] = json.loads((Path(name) / "config.json").read_text())
+    return found
+
+
 def sizes(name: str) -> Sizes:
-    """What kernels see of that shape."""
-    config = SHAPES[name]
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    """What kernels see of that shape, or of that folder's model."""
+    found = config(name)
+    hidden, heads = found["hidden_size"], found["num_attention_heads"]
     return Sizes(
-        layers=config["num_hidden_layers"],
+        layers=found["num_hidden_layers"],
         hidden=hidden,
-        mlp=config.get("intermediate_size") or config["ffn_dim"],
+        mlp=found.get("intermediate_size") or found["ffn_dim"],
         heads=heads,
-        kv_heads=config.get("num_key_value_heads", heads),
-        head_dim=config.get("head_dim", hidden // heads),
-        vocab=config["vocab_size"],
+        kv_heads=found.get("num_key_value_heads", heads),
+        head_dim=found.get("head_dim", hidden // heads),
+        vocab=found["vocab_size"],
+        gated="ffn_dim" not in found,
     )
 
 
 def linears(name: str) -> dict[str, tuple[int, int]]:
-    """[out, in] of the weights of a layer with a gated MLP, as they are multiplied: fused."""
+    """[out, in] of the weights of a layer, as they are multiplied: fused."""
     s = sizes(name)
     return {
         "qkv": ((s.heads + 2 * s.kv_heads) * s.head_dim, s.hidden),
         "out": (s.hidden, s.heads * s.head_dim),
-        "gate_up": (2 * s.mlp, s.hidden),
+        "gate_up": ((1 + s.gated) * s.mlp, s.hidden),
         "down": (s.hidden, s.mlp),
     }
 

@@ -8,13 +8,17 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import sys
 
+import grpc
 import ray
 
 from quire.cluster.controller import Controller, ControllerConfig
 from quire.cluster.executor import WorkerAddress
 from quire.cluster.fate import exit_with_parent
 from quire.cluster.gateway import Gateway, GatewayConfig, read_tokenizer
+from quire.cluster.laps import Laps, process_started
+from quire.cluster.relay import RelayService
 from quire.cluster.servers import GenerationServer
 from quire.protos import generation_pb2, generation_pb2_grpc
 from quire.protos.channel import WORKER_SERVER_OPTIONS
@@ -26,9 +30,17 @@ class WorkerActor:
 
     def __init__(self, config: WorkerConfig, token: str) -> None:
         exit_with_parent()
+        self._laps = Laps(process_started())
+        self._laps.lap("process")
+        from quire.worker.compiled import choose_folders
+
+        note = choose_folders()
+        if note and config.device == "cuda":
+            print(note, file=sys.stderr, flush=True)
         # The one lazy import: torch is loaded here, in the worker's process, and nowhere above it.
         from quire.worker.service import WorkerServer
 
+        self._laps.lap("torch")
         self._config = config
         self._server = WorkerServer(config, token)
         self._progress = (0, 0)
@@ -42,10 +54,15 @@ class WorkerActor:
 
     def load(self, init_method: str) -> int:
         """Join the group and read the weights; returns the number of KV blocks that fit here."""
+        self._laps.lap("waiting")
         if self._config.tensor_parallel_size > 1:
             self._server.connect(init_method)
+            self._laps.lap("group")
         self._server.load(self._note_progress)
-        return int(self._server.measure())
+        self._laps.lap("weights")
+        num_blocks = int(self._server.measure())
+        self._laps.lap("memory")
+        return num_blocks
 
     def progress(self) -> tuple[int, int]:
         """Bytes of weights read, and in all."""
@@ -53,11 +70,17 @@ class WorkerActor:
 
     def serve(self, num_blocks: int) -> WorkerAddress:
         """Allocate the pool, run a first step through it and listen."""
+        self._laps.lap("waiting")
         self._server.allocate(num_blocks)
+        self._laps.lap("warm-up")
         host = ray.util.get_node_ip_address()
         target = self._server.serve(host)
         incarnation = self._server.describe().incarnation
         return WorkerAddress(self._config.rank, target, incarnation, socket.gethostname(), os.getpid())
+
+    def laps(self) -> dict[str, float]:
+        """Seconds by stage, from this process's start to the end of its warm-up."""
+        return self._laps.seconds
 
     def stop(self) -> None:
         self._server.stop(grace=1.0)
@@ -84,11 +107,12 @@ class ControllerActor:
         """Returns the address of its `Generation` service."""
         self._controller = controller = Controller(config, info)
         controller.connect(workers, epoch, token)
-        self._server = GenerationServer(
-            lambda server: generation_pb2_grpc.add_GenerationServicer_to_server(controller, server),
-            WORKER_SERVER_OPTIONS,
-            token,
-        )
+
+        def add(server: grpc.aio.Server) -> None:
+            generation_pb2_grpc.add_GenerationServicer_to_server(controller, server)
+            RelayService(controller.Generate).add_to_server(server)
+
+        self._server = GenerationServer(add, WORKER_SERVER_OPTIONS, token)
         host = ray.util.get_node_ip_address()
         port = await self._server.start(f"{host}:0")
         self._failure_watch = asyncio.create_task(self._watch(controller))

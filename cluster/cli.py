@@ -97,6 +97,7 @@ engine_options = options(
     option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="auto: a GPU if there is one."),
     option("--deterministic", is_flag=True,
            help="A request's output is the same to the last bit whatever runs beside it."),
+    option("--enforce-eager", is_flag=True, help="No CUDA graphs: less memory, slower steps."),
 )  # fmt: skip
 
 url_option = option("--url", default=URL, metavar="HOST:PORT", help="The server.")
@@ -124,6 +125,7 @@ def cli() -> None:
 @click.argument("model", required=False)
 @engine_options
 @options(
+    option("--run-ahead", type=int, default=1, help="Steps sent ahead of the one that is awaited; 0: none."),
     option("--max-num-waiting", type=int, help="Sequences that may wait.  [default: 8 x running]"),
     option("--seed", type=int, default=0, help="Seed of dummy weights."),
     option("--served-model-name", multiple=True, help="Name for clients; several may be given.  [default: MODEL]"),
@@ -147,7 +149,9 @@ def serve(
 ) -> int:
     """Serve MODEL: a folder in Hugging Face's format. Without MODEL: the small one that comes with Quire."""
     from quire.cluster.config import ServeConfig
+    from quire.cluster.laps import process_started
 
+    process_started()  # before a fork, so that what follows counts from here
     with _mistakes():
         config = ServeConfig(
             engine=_engine_config(**engine),

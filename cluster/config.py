@@ -63,6 +63,10 @@ class EngineConfig:
     load_format: str = "auto"
     deterministic: bool = False
     """What a request gets does not depend on what runs beside it, to the last bit."""
+    enforce_eager: bool = False
+    """No CUDA graphs."""
+    run_ahead: int = 1
+    """Steps sent to the workers beyond the one whose tokens are awaited."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +126,8 @@ class ResolvedEngine:
     seed: int
     load_format: str
     deterministic: bool
+    enforce_eager: bool
+    run_ahead: int
     notes: tuple[str, ...] = ()
     """Choices that a user might not expect, each a sentence to be shown at the start."""
 
@@ -146,6 +152,7 @@ class ResolvedEngine:
             kv_cache_memory_bytes=self.kv_cache_memory_bytes,
             num_gpu_blocks_override=self.num_gpu_blocks_override,
             deterministic=self.deterministic,
+            enforce_eager=self.enforce_eager,
             seed=self.seed,
         )
 
@@ -204,6 +211,8 @@ def resolve(config: EngineConfig) -> ResolvedEngine:
         seed=config.seed,
         load_format=config.load_format,
         deterministic=config.deterministic,
+        enforce_eager=config.enforce_eager,
+        run_ahead=config.run_ahead,
         notes=tuple(notes),
     )
     _check_resolved(engine)
@@ -233,6 +242,8 @@ def _check(config: EngineConfig) -> None:
             raise ConfigError(f"{flag} must be at least 1, not {number}")
     if config.max_num_waiting is not None and config.max_num_waiting < 0:
         raise ConfigError(f"--max-num-waiting must not be negative, unlike {config.max_num_waiting}")
+    if config.run_ahead < 0:
+        raise ConfigError(f"--run-ahead must be 0, one step at a time, or more, not {config.run_ahead}")
     size = config.block_size
     if not 1 <= size <= MAX_BLOCK_SIZE or size & (size - 1):
         raise ConfigError(f"--block-size must be a power of two from 1 to {MAX_BLOCK_SIZE}, not {size}")

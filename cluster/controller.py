@@ -12,8 +12,7 @@ import logging
 import queue
 import secrets
 import threading
-from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol, TypeVar
 
@@ -22,12 +21,13 @@ import grpc
 from quire.cluster import errors, wire
 from quire.cluster.errors import RequestError
 from quire.cluster.executor import GrpcExecutor, WorkerAddress, WorkerLost
+from quire.cluster.quiet import IDLE_S, QuietCollector
 from quire.cluster.servers import Context
 from quire.protos import generation_pb2, generation_pb2_grpc
 from quire.scheduler.config import SchedulerConfig
 from quire.scheduler.engine import Engine, Executor
 from quire.scheduler.params import InvalidRequest, QueueFull
-from quire.scheduler.plan import TokenEvent
+from quire.scheduler.plan import Logprobs, StepEvents
 from quire.scheduler.request import ModelLimits, Request
 from quire.scheduler.scheduler import Scheduler
 from quire.scheduler.sequence import FinishReason
@@ -71,7 +71,7 @@ class EngineThread:
         self,
         engine: Engine,
         executor: RemoteExecutor,
-        on_events: Callable[[list[TokenEvent]], None],
+        on_events: Callable[[StepEvents], None],
         on_failure: Callable[[Exception], None],
     ) -> None:
         self._engine = engine
@@ -108,30 +108,40 @@ class EngineThread:
         self._thread.join()
 
     def _run(self) -> None:
+        quiet = QuietCollector()
+        quiet.begin()
         try:
             self._executor.start()
-            while self._take_calls():
+            while self._take_calls(quiet):
                 self._executor.check()
                 if events := self._engine.step():
                     self._on_events(events)
+                quiet.after_step()
         except Exception as error:  # the thread's edge: whoever holds a stream is told
             if not isinstance(error, WorkerLost):
                 logger.exception("the engine failed")
             self._on_failure(error)
             self._serve_calls()
+        finally:
+            quiet.end()
 
-    def _take_calls(self) -> bool:
+    def _take_calls(self, quiet: QuietCollector) -> bool:
         """Run what has been asked for, and wait for more when there is nothing else to do. False: stop."""
-        block = not self._engine.scheduler.has_work
+        is_idle = not self._engine.scheduler.has_work
+        timeout: float | None = IDLE_S
         while True:
             try:
-                call = self._calls.get(block)
+                call = self._calls.get(is_idle, timeout)
             except queue.Empty:
-                return True
+                if not is_idle:
+                    return True
+                quiet.idle()  # once; then there is nothing left to collect
+                timeout = None
+                continue
             if call is None:
                 return False
             call()
-            block = False
+            is_idle = False
 
     def _serve_calls(self) -> None:
         """After a failure: steps are over, cancellations and questions still get their answers."""
@@ -149,34 +159,69 @@ def _reject(future: asyncio.Future[Any], error: Exception) -> None:
         future.set_exception(error)
 
 
+class _Sample:
+    """What has come for one sample of a request and has not been sent, and how it ended."""
+
+    __slots__ = ("end", "index", "is_open", "is_unfinished", "logprobs", "num_sent", "token_ids")
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.token_ids: list[int] = []
+        self.logprobs: list[Logprobs] = []
+        self.end: FinishReason | None = None
+        self.num_sent = 0
+        self.is_unfinished = True
+        """The engine still works on it."""
+        self.is_open = True
+        """Its end has not been handed to the reader."""
+
+    def take_messages(self, stop_token_ids: Collection[int]) -> list[generation_pb2.GenerateResponse]:
+        """What there is to send, in as few messages as may be. Raises RequestError."""
+        if self.end is FinishReason.ERROR:
+            raise RequestError(grpc.StatusCode.INTERNAL, "the model's logits were not numbers", reason="NAN_LOGITS")
+        token_ids, logprobs = self.token_ids, self.logprobs
+        self.token_ids, self.logprobs = [], []
+        messages = []
+        for start in range(0, len(token_ids), MAX_TOKENS_PER_MESSAGE):
+            part = slice(start, start + MAX_TOKENS_PER_MESSAGE)
+            messages.append(wire.encode_output(self.index, self.num_sent, token_ids[part], logprobs[part]))
+            self.num_sent += len(token_ids[part])
+        if self.end is not None:
+            self.is_open = False
+            is_named = self.end is FinishReason.STOP and token_ids[-1] in stop_token_ids
+            stop_token = token_ids[-1] if is_named else None
+            messages.append(wire.encode_finished(self.index, self.num_sent, self.end, stop_token))
+        return messages
+
+
 class _Stream:
-    """One open request: events wait here until its reader takes them, however slow it is."""
+    """One open request: tokens wait here until its reader takes them, however slow it is."""
 
     def __init__(self, request: Request) -> None:
         self.request = request
         self.error: RequestError | None = None
-        self._events: deque[TokenEvent] = deque()
+        self._samples = [_Sample(index) for index in range(request.params.n)]
         self._ready = asyncio.Event()
-        self._sent = [0] * request.params.n
-        self._open = set(range(request.params.n))
-        """Samples whose end has not been handed to the reader."""
-        self._unfinished = set(self._open)
-        """Samples that the engine still works on."""
 
-    def push(self, event: TokenEvent) -> None:
-        self._events.append(event)
-        if event.finish_reason is not None:
-            self._unfinished.discard(event.sequence.index)
-        self._ready.set()
+    def push(self, index: int, token: int, end: FinishReason | None, logprobs: Logprobs | None) -> None:
+        sample = self._samples[index]
+        sample.token_ids.append(token)
+        if logprobs is not None:
+            sample.logprobs.append(logprobs)
+        if end is not None:
+            sample.end = end
+            sample.is_unfinished = False
+        if not self._ready.is_set():
+            self._ready.set()
 
     @property
     def is_unfinished(self) -> bool:
-        return bool(self._unfinished)
+        return any(sample.is_unfinished for sample in self._samples)
 
     def drop(self, index: int) -> None:
         """Forget one sample: nobody waits for its end any more."""
-        self._open.discard(index)
-        self._unfinished.discard(index)
+        if 0 <= index < len(self._samples):
+            self._samples[index].is_open = self._samples[index].is_unfinished = False
         self._ready.set()
 
     def fail(self, error: RequestError) -> None:
@@ -185,29 +230,16 @@ class _Stream:
 
     async def messages(self) -> AsyncIterator[generation_pb2.GenerateResponse]:
         """Everything up to the last sample's end. Raises RequestError."""
-        while self._open:
+        open_samples = self._samples
+        while open_samples := [sample for sample in open_samples if sample.is_open]:
             await self._ready.wait()
             self._ready.clear()
-            events, self._events = list(self._events), deque()
-            for index in sorted({event.sequence.index for event in events} & self._open):
-                for message in self._encode(index, [event for event in events if event.sequence.index == index]):
-                    yield message
-            if self.error is not None and self._open:
+            for sample in open_samples:
+                if sample.is_open and sample.token_ids:
+                    for message in sample.take_messages(self.request.params.stop_token_ids):
+                        yield message
+            if self.error is not None and any(sample.is_open for sample in open_samples):
                 raise self.error
-
-    def _encode(self, index: int, events: list[TokenEvent]) -> list[generation_pb2.GenerateResponse]:
-        last = events[-1]
-        if last.finish_reason is FinishReason.ERROR:
-            raise RequestError(grpc.StatusCode.INTERNAL, "the model's logits were not numbers", reason="NAN_LOGITS")
-        messages = []
-        for start in range(0, len(events), MAX_TOKENS_PER_MESSAGE):
-            part = events[start : start + MAX_TOKENS_PER_MESSAGE]
-            messages.append(wire.encode_output(index, self._sent[index], part))
-            self._sent[index] += len(part)
-        if last.finish_reason is not None:
-            self._open.discard(index)
-            messages.append(wire.encode_finished(last, self._sent[index]))
-        return messages
 
 
 class Controller(generation_pb2_grpc.GenerationServicer):
@@ -362,13 +394,15 @@ class Controller(generation_pb2_grpc.GenerationServicer):
     def _post(self, function: Callable[..., None], *arguments: object) -> None:
         self._loop.call_soon_threadsafe(function, *arguments)
 
-    def _dispatch(self, events: list[TokenEvent]) -> None:
-        for event in events:
-            request = event.sequence.request
+    def _dispatch(self, events: StepEvents) -> None:
+        """One call per step; a reader that waits is woken once, and finds what has come since."""
+        ends, logprobs = events.ends.get, events.logprobs.get
+        for position, (sequence, token) in enumerate(zip(events.sequences, events.token_ids, strict=True)):
+            request = sequence.request
             stream = self._streams.get(request.request_id)
             # A new request may have taken the id of one that was cancelled while its last step ran.
             if stream is not None and stream.request is request:
-                stream.push(event)
+                stream.push(sequence.index, token, ends(position), logprobs(position))
 
     def _fail(self, error: Exception) -> None:
         """The engine is over: every stream ends with the reason, and nothing new is accepted."""

@@ -12,10 +12,10 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from quire.cluster.grpc_api import ApiSettings, GenerationService
+from quire.cluster.relay import RelayStub
 from quire.cluster.servers import SERVICE, GenerationServer
 from quire.cluster.text import NoTokenizerError, Tokenizer
-from quire.protos import generation_pb2_grpc
-from quire.protos.channel import PUBLIC_SERVER_OPTIONS, WORKER_CHANNEL_OPTIONS
+from quire.protos.channel import PUBLIC_SERVER_OPTIONS, WORKER_CHANNEL_OPTIONS, bearer
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +39,8 @@ class Gateway:
 
     async def start(self) -> str:
         """Listen; returns the address."""
-        upstream = generation_pb2_grpc.GenerationStub(self._channel)
-        self._service = GenerationService(self.config.api, upstream, self._tokenizer)
+        self._upstream = RelayStub(self._channel, bearer(self.config.api.internal_token))
+        self._service = GenerationService(self.config.api, self._upstream, self._tokenizer)
         self._server = GenerationServer(self._service.add_to_server, PUBLIC_SERVER_OPTIONS)
         host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
         port = await self._server.start(f"{host}:{self.config.grpc_port}")
@@ -56,6 +56,7 @@ class Gateway:
         """Refuse new calls, let those in progress finish for `grace` seconds."""
         self._watch.cancel()
         await self._server.stop(grace, self._service.idle())
+        self._upstream.close()
         await self._channel.close(None)
 
     async def _follow_health(self) -> None:

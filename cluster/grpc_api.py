@@ -55,7 +55,7 @@ class GenerationService:
     """Without a tokenizer it serves token ids only, and says so to who sends or asks for text."""
 
     def __init__(self, settings: ApiSettings, upstream: Any, tokenizer: Tokenizer | None) -> None:
-        """`upstream`: a GenerationStub on a grpc.aio channel to the controller."""
+        """`upstream`: a RelayStub on a channel to the controller, or a GenerationStub."""
         self._settings = settings
         self._upstream = upstream
         self._tokenizer = tokenizer
@@ -118,7 +118,7 @@ class GenerationService:
 
         answer = _Answer(request, ids, self._tokenizer)
         model = request.model or self._settings.model_names[0]
-        call = self._upstream.Generate(upstream, timeout=context.time_remaining(), metadata=self._metadata(request_id))
+        call = self._upstream.Generate(upstream)
         try:
             async for message in call:
                 if message.WhichOneof("event") == "started":

@@ -27,6 +27,7 @@ from quire.cluster.controller import ControllerConfig
 from quire.cluster.executor import WorkerAddress
 from quire.cluster.gateway import GatewayConfig
 from quire.cluster.grpc_api import ApiSettings
+from quire.cluster.laps import Laps, process_started
 from quire.cluster.progress import Progress
 from quire.scheduler.config import SchedulerConfig
 
@@ -46,24 +47,26 @@ class LaunchError(RuntimeError):
 
 def serve(config: ServeConfig) -> int:
     """Serve until a signal comes or a process fails. Returns the exit code: 0 after a signal, 1 after a failure."""
-    started = time.monotonic()
-    progress = Progress(sys.stderr)
+    started = process_started()
+    laps, progress = Laps(started), Progress(sys.stderr, started)
     engine = resolve(config.engine)
     _check_port(config.host, config.grpc_port)
     if config.host not in LOOPBACK:
         progress.line(
             f"listening on {config.host}: whoever reaches this port can use the model, there is no authentication"
         )
+    laps.lap("command")
     # In this order: Ray installs handlers of its own when it starts.
     with connection(config.address, engine.tensor_parallel_size, progress), _signals() as stop:
+        laps.lap("Ray")
         if config.address is not None and config.engine.device == "auto":
             # The cluster's devices count, and not those of the machine that the command was typed on.
             device = "cuda" if ray.cluster_resources().get("GPU") else "cpu"
             engine = resolve(dataclasses.replace(config.engine, device=device))
-        replica = Replica(config, engine, progress)
+        replica = Replica(config, engine, progress, laps)
         try:
             address = replica.start(stop)
-            progress.ready(address, engine, replica.num_blocks, time.monotonic() - started)
+            progress.ready(address, engine, replica.num_blocks, laps.seconds)
             reason = replica.wait(stop)
             if reason is not None:
                 progress.line(f"stopping: {reason}")
@@ -86,6 +89,7 @@ class Replica:
     config: ServeConfig
     engine: ResolvedEngine
     progress: Progress
+    laps: Laps = field(default_factory=Laps)
     num_blocks: int = 0
     addresses: list[WorkerAddress] = field(default_factory=list)
     _token: str = field(default_factory=lambda: secrets.token_hex(16), repr=False)
@@ -97,6 +101,7 @@ class Replica:
     def start(self, stop: Callable[[], bool]) -> str:
         """Returns the public address. Raises LaunchError, or Stopped when a signal comes first."""
         self._create(self._place(stop))
+        # A broken tokenizer is told before the weights are loaded.
         self._get(self._gateway.prepare.remote(self.engine.model), stop, "the gateway")
         self.addresses = self._start_workers(stop)
         controller = self._get(
@@ -110,7 +115,9 @@ class Replica:
             stop,
             "the controller",
         )
-        return str(self._get(self._gateway.start.remote(self._gateway_config(), controller), stop, "the gateway"))
+        address = str(self._get(self._gateway.start.remote(self._gateway_config(), controller), stop, "the gateway"))
+        self.laps.lap("controller and gateway")
+        return address
 
     def wait(self, stop: Callable[[], bool]) -> str | None:
         """Returns None when a signal came, else why the replica failed."""
@@ -160,27 +167,35 @@ class Replica:
 
     def _create(self, group: PlacementGroup) -> None:
         on_gpu = self.engine.device == "cuda"
-        self.controller = _actor(ControllerActor, _in_bundle(group, 0)).remote()
-        # Where the user is: the address in the ready line must answer there.
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self._gateway = _actor(GatewayActor, here).remote()
+        # The workers first: they have the most to do before they can start.
         self.workers = [
             _actor(
                 WorkerActor, _in_bundle(group, rank), num_cpus=1, num_gpus=1 if on_gpu else 0, max_concurrency=2
             ).remote(self.engine.worker_config(rank), self._token)
             for rank in range(self.engine.tensor_parallel_size)
         ]
+        self.controller = _actor(ControllerActor, _in_bundle(group, 0)).remote()
+        # Where the user is: the address in the ready line must answer there.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self._gateway = _actor(GatewayActor, here).remote()
 
     def _start_workers(self, stop: Callable[[], bool]) -> list[WorkerAddress]:
         how = ", deterministic" if self.engine.deterministic else ""
         self.progress.line(f"starting {len(self.workers)} worker(s){how}")
         init_method = self._get(self.workers[0].rendezvous.remote(), stop, "worker rank 0")
+        self.laps.lap("processes")
         loading = [worker.load.remote(init_method) for worker in self.workers]
         self._show_loading(loading, stop)
         self.num_blocks = min(self._get_all(loading, stop, "worker rank {}"))
+        self.laps.lap("weights")
         self.progress.line(f"KV cache: {self.num_blocks} blocks of {self.engine.block_size} tokens")
         serving = [worker.serve.remote(self.num_blocks) for worker in self.workers]
-        return self._get_all(serving, stop, "worker rank {}")
+        addresses = self._get_all(serving, stop, "worker rank {}")
+        self.laps.lap("warm-up")
+        inside = self._get(self.workers[0].laps.remote(), stop, "worker rank 0")
+        self.laps.split("processes", "torch", inside["torch"])
+        self.laps.split("weights", "memory", inside["memory"])
+        return addresses
 
     def _show_loading(self, loading: list[Any], stop: Callable[[], bool]) -> None:
         while True:
@@ -201,7 +216,8 @@ class Replica:
             max_num_batched_tokens=engine.max_num_batched_tokens,
             max_num_waiting=engine.max_num_waiting,
         )
-        return ControllerConfig(scheduler, engine.limits, self.config.step_timeout or STEP_TIMEOUT_S[engine.device])
+        timeout = self.config.step_timeout or STEP_TIMEOUT_S[engine.device]
+        return ControllerConfig(scheduler, engine.limits, timeout, engine.run_ahead)
 
     def _gateway_config(self) -> GatewayConfig:
         engine, config = self.engine, self.config
@@ -242,11 +258,13 @@ def connection(address: str | None, num_workers: int, progress: Progress) -> Ite
     common: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": True, "logging_level": logging.ERROR}
     if address is None:
         progress.line("starting a local Ray")
-        cores = max(os.cpu_count() or 1, num_workers)
+        # Ray's default has its actors yield to every other process, Ray's own loggers and our clients included.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         ray.init(
             "local",
             **common,
-            num_cpus=cores,
+            # Ray starts as many processes in advance: what one replica needs, and no more on a machine of many cores.
+            num_cpus=num_workers + 2,
             include_dashboard=False,
             _node_ip_address="127.0.0.1",
             object_store_memory=100 << 20,

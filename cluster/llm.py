@@ -95,6 +95,8 @@ class LLM:
         seed: int = 0,
         load_format: str = "auto",
         deterministic: bool = False,
+        enforce_eager: bool = False,
+        run_ahead: int | None = None,
     ) -> None:
         given: dict[str, Any] = dict(
             model=model, device=device, dtype=dtype, kv_cache_dtype=kv_cache_dtype,
@@ -102,7 +104,7 @@ class LLM:
             gpu_memory_utilization=gpu_memory_utilization,
             kv_cache_memory_bytes=kv_cache_memory_bytes, num_gpu_blocks_override=num_gpu_blocks_override,
             max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, seed=seed,
-            load_format=load_format, deterministic=deterministic,
+            load_format=load_format, deterministic=deterministic, enforce_eager=enforce_eager, run_ahead=run_ahead,
         )  # fmt: skip
         self.config = resolve(EngineConfig(**{name: value for name, value in given.items() if value is not None}))
         self.tokenizer = _tokenizer(self.config.model)
@@ -114,6 +116,8 @@ class LLM:
             max_num_seqs=self.config.max_num_seqs,
             max_num_batched_tokens=self.config.max_num_batched_tokens,
         )
+        # On a CPU a plan has run when it is handed over: one sent ahead would hide nothing.
+        self._run_ahead = self.config.run_ahead if run_ahead is not None or self.config.device == "cuda" else 0
         self._start_afresh()
         self._num_requests = 0
 
@@ -181,7 +185,7 @@ class LLM:
         """Scheduler and worker without any sequence."""
         self._executor.reset()
         self._scheduler = Scheduler(self._limits)
-        self._engine = Engine(self._scheduler, self._executor)
+        self._engine = Engine(self._scheduler, self._executor, self._run_ahead)
 
     def _job(self, prompt: Any, params: Any, in_text: bool) -> _Job:
         if not isinstance(params, SamplingParams):

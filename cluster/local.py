@@ -27,11 +27,12 @@ _RESET = b""
 
 
 class LocalExecutor:
-    """An `Executor` whose plans have run when submit() returns."""
+    """An `Executor` whose plans have been launched when submit() returns; on a CPU they have run by then."""
 
     def __init__(self, config: WorkerConfig, progress: Callable[[int, int], None] | None = None) -> None:
         """Loads the model, sizes the pool and warms up. Raises ModelError for a model that cannot be served."""
-        self._results: deque[StepResult] = deque()
+        self._launched: deque[Callable[[], worker_pb2.StepReport]] = deque()
+        """Of the plans under way, the oldest first, what waits for its report."""
         self._is_mid_step = False
         self._peers: list[_Peer] = []
         self._exit = ExitStack()
@@ -44,6 +45,9 @@ class LocalExecutor:
             raise
 
     def _start(self, config: WorkerConfig, progress: Callable[[int, int], None] | None) -> None:
+        from quire.worker.compiled import choose_folders
+
+        choose_folders()
         # The lazy import that keeps torch out of every process that computes nothing.
         from quire.worker.parallel import TensorParallel
         from quire.worker.runner import Runner
@@ -75,16 +79,16 @@ class LocalExecutor:
             payload = message.SerializeToString()
             for peer in self._peers:
                 peer.send(payload)
-        report = self._runner.run(message)
+        launched = self._runner.launch(message)
         self._is_mid_step = False
-        self._results.append(wire.decode_report(report))
+        self._launched.append(launched.wait)
 
     def collect(self) -> StepResult:
-        return self._results.popleft()
+        return wire.decode_report(self._launched.popleft()())
 
     def reset(self) -> None:
         """Forget all sequences. A step that an exception cut short is forgotten too, unless there are several ranks."""
-        self._results.clear()
+        self._launched.clear()
         self._runner.reset()
         if not self._peers:
             self._is_mid_step = False
@@ -176,6 +180,6 @@ def _serve_rank(config: WorkerConfig, init_method: str, pipe: Connection) -> Non
             if payload == _RESET:
                 runner.reset()
             else:
-                runner.run(worker_pb2.StepPlan.FromString(payload))
+                runner.launch(worker_pb2.StepPlan.FromString(payload))
     except (EOFError, ConnectionError):
         os._exit(0)  # the parent has gone or closed: nothing is left to be torn down in order

@@ -11,14 +11,16 @@ from typing import TextIO
 from tqdm import tqdm
 
 from quire.cluster.config import ResolvedEngine
+from quire.cluster.laps import describe
 
 
 class Progress:
     """Writes to one stream; the bar only where that is a terminal."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO, started: float | None = None) -> None:
+        """`started`: what the lines' times count from, a value of time.monotonic(); None: now."""
         self._stream = stream
-        self._started = time.monotonic()
+        self._started = time.monotonic() if started is None else started
         self._bar: tqdm | None = None  # type: ignore[type-arg]
 
     def line(self, text: str) -> None:
@@ -33,13 +35,15 @@ class Progress:
             self._bar = tqdm(total=total, unit="B", unit_scale=True, desc="weights", file=self._stream, leave=False)
         self._bar.update(done - self._bar.n)
 
-    def ready(self, address: str, engine: ResolvedEngine, num_blocks: int, seconds: float) -> None:
-        tokens = num_blocks * engine.block_size
+    def ready(self, address: str, engine: ResolvedEngine, num_blocks: int, laps: dict[str, float]) -> None:
+        """`laps`: seconds by stage since the command was given."""
+        tokens, seconds = num_blocks * engine.block_size, sum(laps.values())
         self.line(
             f"ready after {seconds:.1f} s: {engine.model_name} ({engine.spec.architecture}, {engine.dtype}) on"
             f" {engine.tensor_parallel_size} x {engine.device}, KV cache for {tokens:,} tokens:"
             f" {tokens / engine.max_model_len:.1f} requests of {engine.max_model_len:,} tokens at once"
         )
+        self.line(f"seconds by stage: {describe(laps)}")
         where = "" if address == "127.0.0.1:50051" else f" --url {address}"
         self.line(f'gRPC on {address}; try, in another terminal:  {_command()} generate{where} "Once upon a time"')
 

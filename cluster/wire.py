@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 from quire.protos import generation_pb2, worker_pb2
 from quire.scheduler.params import SamplingParams
-from quire.scheduler.plan import Admission, Logprobs, StepPlan, StepResult, TokenEvent
+from quire.scheduler.plan import Admission, Logprobs, StepPlan, StepResult
 from quire.scheduler.sequence import FinishReason
 from quire.scheduler.stats import Counters, MemoryUse
 
@@ -122,23 +122,21 @@ def encode_logprobs(logprobs: Logprobs) -> generation_pb2.TokenLogprobs:
     return generation_pb2.TokenLogprobs(candidates=candidates, sampled_rank=logprobs.rank)
 
 
-def encode_output(index: int, seq: int, events: list[TokenEvent]) -> generation_pb2.GenerateResponse:
+def encode_output(
+    index: int, seq: int, token_ids: list[int], logprobs: list[Logprobs]
+) -> generation_pb2.GenerateResponse:
     """Consecutive tokens of one sample in one message; `seq` is the position of the first."""
-    output = generation_pb2.Output(
-        index=index,
-        seq=seq,
-        token_ids=[event.token_id for event in events],
-        logprobs=[encode_logprobs(event.logprobs) for event in events if event.logprobs is not None],
-    )
+    output = generation_pb2.Output(index=index, seq=seq, token_ids=token_ids)
+    if logprobs:
+        output.logprobs.extend(map(encode_logprobs, logprobs))
     return generation_pb2.GenerateResponse(output=output)
 
 
-def encode_finished(event: TokenEvent, seq: int) -> generation_pb2.GenerateResponse:
-    """The end of the sample that `event` belongs to, after `seq` tokens."""
-    assert event.finish_reason is not None
-    finished = generation_pb2.Finished(index=event.sequence.index, seq=seq, reason=FINISH_REASONS[event.finish_reason])
-    if event.finish_reason is FinishReason.STOP and event.token_id in event.sequence.request.params.stop_token_ids:
-        finished.stop_token_id = event.token_id
+def encode_finished(
+    index: int, seq: int, reason: FinishReason, stop_token: int | None
+) -> generation_pb2.GenerateResponse:
+    """The end of a sample after `seq` tokens; the stop token is named where the request had named it."""
+    finished = generation_pb2.Finished(index=index, seq=seq, reason=FINISH_REASONS[reason], stop_token_id=stop_token)
     return generation_pb2.GenerateResponse(finished=finished)
 
 

@@ -28,6 +28,10 @@ def silu_and_mul(x: torch.Tensor, deterministic: bool = False) -> torch.Tensor:
         from quire.kernels.gpu import activation as gpu
 
         return gpu.silu_and_mul(x)
+    fused = dispatch.compiled(x)
+    if fused is not None:
+        activated: torch.Tensor = fused.silu_and_mul(x)
+        return activated
     gate, up = x.chunk(2, -1)
     return (in_whole_vectors(F.silu, gate) if deterministic else F.silu(gate)) * up
 

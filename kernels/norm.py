@@ -24,6 +24,10 @@ def rms_norm(
         from quire.kernels.gpu import norm as gpu
 
         return gpu.rms_norm(x, weight, eps)
+    fused = dispatch.compiled(x, weight)
+    if fused is not None:
+        normed: torch.Tensor = fused.rms_norm(x, weight, eps)
+        return normed
     wide = x.float()
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
 
@@ -39,6 +43,10 @@ def add_rms_norm(
         from quire.kernels.gpu import norm as gpu
 
         return gpu.add_rms_norm(x, residual, weight, eps)
+    fused = dispatch.compiled(x, residual, weight)
+    if fused is not None:
+        pair: tuple[torch.Tensor, torch.Tensor] = fused.add_rms_norm(x, residual, weight, eps)
+        return pair
     total = x + residual
     return rms_norm(total, weight, eps), total
 

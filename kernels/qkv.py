@@ -30,6 +30,10 @@ def norm_rotate_write(
         return gpu.norm_rotate_write(
             qkv, kv_layer, slots, positions, cos_sin, interleaved, q_norm, k_norm, eps, kv_scales
         )
+    fused = None if interleaved or cos_sin is None else dispatch.compiled(qkv, kv_layer)
+    if fused is not None:
+        rotated: torch.Tensor = fused.norm_rotate_write(qkv, kv_layer, slots, positions, cos_sin, q_norm, k_norm, eps)
+        return rotated
     num_kv_heads = kv_layer.shape[3]
     q, k, v = qkv.split((qkv.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads), 1)
     if q_norm is not None and k_norm is not None:

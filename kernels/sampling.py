@@ -10,7 +10,7 @@ equals. A row whose largest logit is not a finite number gets the token -1.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,17 +84,49 @@ class Penalties:
     """[P] float32: subtracted per occurrence in the output."""
 
 
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What the Triton form reads of columns, entries and penalties, where it reads it."""
+
+    settings: torch.Tensor
+    """Flat int32, as the other two."""
+    kinds: np.ndarray
+    """[S] int32, on the host."""
+    entries: torch.Tensor | None
+    penalties: torch.Tensor | None
+
+
+def prepare_sampling(
+    columns: Columns,
+    entries: Entries | None,
+    penalties: Penalties | None,
+    vocab_size: int,
+    place: Callable[[np.ndarray], torch.Tensor],
+    like: torch.Tensor,
+) -> Prepared | None:
+    """Ahead of the logits, so that it travels with a step's other inputs: `place` takes an array of int32 along and
+    says where it will be: flat, at a multiple of 16 bytes. `like` lies where the logits will. None: there is nothing to
+    prepare. The tokens of `penalties` are not looked at."""
+    if not dispatch.on_gpu(like):
+        return None
+    from quire.kernels.gpu import sampling as gpu
+
+    return gpu.prepare(columns, entries, penalties, vocab_size, place)
+
+
 def sample(
     logits: torch.Tensor,
     columns: Columns,
     entries: Entries | None = None,
     penalties: Penalties | None = None,
+    prepared: Prepared | None = None,
 ) -> torch.Tensor:
-    """[S, V] float32 to [S] int64. `logits` is left adjusted: what log-probabilities are taken from."""
+    """[S, V] float32 to [S] int64. `logits` is left adjusted: what log-probabilities are taken from. `prepared` is
+    made from the same columns, entries and penalties; None: where it is needed it is made now."""
     if dispatch.on_gpu(logits):
         from quire.kernels.gpu import sampling as gpu
 
-        return gpu.sample(logits, columns, entries, penalties)
+        return gpu.sample(logits, columns, entries, penalties, prepared)
     if entries is not None:
         add_entries(logits, entries)
     if penalties is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from quire.scheduler.plan import StepPlan, StepResult, TokenEvent
+from quire.scheduler.plan import StepEvents, StepPlan, StepResult
 from quire.scheduler.scheduler import Scheduler
 
 
@@ -12,14 +12,15 @@ class Executor(Protocol):
     """Runs plans in the order they are submitted."""
 
     def submit(self, plan: StepPlan) -> None:
-        """Hand over a plan; may return before it has run."""
+        """Hand over a plan; may return before it has run, and has to where plans are to run ahead."""
 
     def collect(self) -> StepResult:
         """Wait for the oldest plan that has not been collected."""
 
 
 class Engine:
-    """Owns the order of the three verbs. `run_ahead` plans may be under way beyond the one that is awaited."""
+    """Owns the order of the three verbs. `run_ahead` plans may be under way beyond the one that is awaited: each costs
+    a sequence that ends unforeseen one discarded token, and changes nothing else."""
 
     def __init__(self, scheduler: Scheduler, executor: Executor, run_ahead: int = 0) -> None:
         if run_ahead < 0:
@@ -29,13 +30,13 @@ class Engine:
         self.run_ahead = run_ahead
         self._outstanding = 0
 
-    def step(self) -> list[TokenEvent]:
+    def step(self) -> StepEvents:
         """Fill the pipeline, then take the oldest result. Empty when there is nothing to do."""
         while self._outstanding <= self.run_ahead and (plan := self.scheduler.schedule()):
             self.executor.submit(plan)
             self._outstanding += 1
         if not self._outstanding:
-            return []
+            return StepEvents()
         result = self.executor.collect()
         self._outstanding -= 1
         return self.scheduler.apply(result)

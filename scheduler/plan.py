@@ -5,7 +5,8 @@ All are frozen. Lists that may be long are tuples of plain integers, ready to be
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from quire.scheduler.params import SamplingParams
@@ -39,7 +40,7 @@ class StepPlan:
     extended: tuple[tuple[int, int], ...]
     """(row, block): the block is appended to the row's table."""
     rows: tuple[int, ...]
-    """Rows that compute, in batch order."""
+    """Rows that compute, in batch order: those that decode, then those that compute chunks of more."""
     num_tokens: tuple[int, ...]
     """Tokens each of them computes; empty when each computes one."""
     num_sampled: int
@@ -79,3 +80,24 @@ class TokenEvent(NamedTuple):
     token_id: int
     finish_reason: FinishReason | None
     logprobs: Logprobs | None
+
+
+@dataclass(frozen=True, slots=True)
+class StepEvents:
+    """What a step brought to the sequences still in progress, by columns: one token for each.
+
+    A loop over it gives a TokenEvent for each; whoever looks at hundreds of tokens per step takes the columns."""
+
+    sequences: tuple[Sequence, ...] = ()
+    token_ids: tuple[int, ...] = ()
+    ends: dict[int, FinishReason] = field(default_factory=dict)
+    """By position: the sequences that end with this token."""
+    logprobs: dict[int, Logprobs] = field(default_factory=dict)
+    """By position, for the sequences that asked."""
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def __iter__(self) -> Iterator[TokenEvent]:
+        for position, (sequence, token) in enumerate(zip(self.sequences, self.token_ids, strict=True)):
+            yield TokenEvent(sequence, token, self.ends.get(position), self.logprobs.get(position))

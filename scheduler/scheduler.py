@@ -3,21 +3,28 @@
 `schedule()` closes the gap between known and computed tokens within the step's budget; `apply()` takes what came
 back. Plans may be made ahead of results. Order of service is order of arrival: the earliest is served first, the latest
 is preempted first, and the preempted come back before anybody new is let in (PagedAttention paper, section 4.5).
+
+Work is proportional to what changes. Sequences that compute one token per step are looked at only when they need a
+block or end (`decoding.py`), and their tokens are taken in bulk unless one of them ends a sequence.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from quire.scheduler.blocks import AuditError, BlockPool
 from quire.scheduler.config import SchedulerConfig
+from quire.scheduler.decoding import DecodingSet
 from quire.scheduler.params import InvalidRequest, QueueFull
-from quire.scheduler.plan import Admission, StepPlan, StepResult, TokenEvent
+from quire.scheduler.plan import Admission, StepEvents, StepPlan, StepResult
 from quire.scheduler.request import Request
 from quire.scheduler.sequence import FinishReason, Sequence, Status
 from quire.scheduler.stats import Counters, MemoryUse
+from quire.scheduler.stops import StopTokens
 from quire.scheduler.tables import BlockTables
 
 
@@ -30,18 +37,43 @@ class _Draft:
     admitted: list[Admission] = field(default_factory=list)
     extended: list[tuple[int, int]] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
+    """Those that compute chunks; the rows that decode stand before them in the plan."""
     num_tokens: list[int] = field(default_factory=list)
     sampled: list[Sequence] = field(default_factory=list)
+    """Of the chunks, those that end with their sequence's last known token."""
+    entering: list[Sequence] = field(default_factory=list)
+    """They decode from the next step on."""
+    partial: list[Sequence] = field(default_factory=list)
+    """They have more to compute than one token even then."""
+    last: list[Sequence] = field(default_factory=list)
+    """The token that they sample fills them."""
     preempted: bool = False
 
     def grant(self, sequence: Sequence, num_tokens: int) -> None:
         """The sequence computes its next `num_tokens`; when they are its last known ones it samples one more."""
+        self.spare -= num_tokens - 1
         self.rows.append(sequence.row)
         self.num_tokens.append(num_tokens)
-        sequence.num_computed += num_tokens
-        if sequence.num_computed == sequence.num_tokens:
-            sequence.num_tokens += 1
+        if sequence.compute(num_tokens):
             self.sampled.append(sequence)
+        if sequence.num_computed == sequence.max_computed:
+            self.last.append(sequence)
+        elif sequence.gap == 1:
+            self.entering.append(sequence)
+        else:
+            self.partial.append(sequence)
+
+
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """What apply() must know of a plan."""
+
+    step: int
+    sampled: tuple[Sequence, ...]
+    last: frozenset[Sequence]
+    """Those that are full with this token."""
+    num_ended: int
+    """Sequences that had ended when the plan was made."""
 
 
 class Scheduler:
@@ -56,12 +88,16 @@ class Scheduler:
         self.running: list[Sequence] = []
         """In order of arrival."""
         self.counters = Counters()
+        self._decoding = DecodingSet()
+        self._prefilling: list[Sequence] = []
+        """The running sequences with more than one known token to compute, in order of arrival."""
         self._requests: dict[str, list[Sequence]] = {}
+        self._stops = StopTokens()
         self._free_rows = list(range(config.max_num_seqs - 1, -1, -1))
         self._retired: list[int] = []
-        self._in_flight: deque[tuple[int, list[Sequence]]] = deque()
+        self._in_flight: deque[_Flight] = deque()
         self._num_arrived = 0
-        self._num_planned = 0
+        self._num_ended = 0
 
     # -- requests come and go
 
@@ -73,6 +109,7 @@ class Scheduler:
         sequences = [Sequence(request, index, self._num_arrived + index) for index in range(request.params.n)]
         self._num_arrived += len(sequences)
         self._requests[request.request_id] = sequences
+        self._stops.add(request.stop_token_ids)
         self.waiting.extend(sequences)
 
     def _check_queue(self, n: int) -> None:
@@ -107,29 +144,26 @@ class Scheduler:
     def schedule(self) -> StepPlan | None:
         """Plan the next step; None when no sequence can compute anything before a result or a request comes."""
         draft = _Draft(spare=self.config.max_num_batched_tokens - len(self.running))
-        self._continue_running(draft)
+        self._continue_decoding(draft)
+        for sequence in self._prefilling:
+            draft.grant(sequence, min(sequence.gap, draft.spare + 1))
         if not draft.preempted:
             self._admit_waiting(draft)
-        if not draft.rows:
+        if not draft.rows and not self._decoding.rows:
             return None
         return self._seal(draft)
 
-    def _continue_running(self, draft: _Draft) -> None:
-        """One token for each sequence that decodes, a chunk for each that has more to compute."""
-        running = self.running
-        i = 0
-        while i < len(running):  # preemption shortens the list from its end
-            sequence = running[i]
-            i += 1
-            gap = sequence.num_tokens - sequence.num_computed
-            if sequence.num_computed >= sequence.max_computed:
+    def _continue_decoding(self, draft: _Draft) -> None:
+        """Whoever decodes goes on; those that are due need a block, or compute their last token."""
+        for sequence in self._decoding.take_due():
+            if sequence.status is not Status.RUNNING:
+                continue  # preempted for another that is due
+            if sequence.num_computed == sequence.capacity and not self._make_room(sequence, draft):
                 continue
-            if gap > 1:
-                gap = min(gap, draft.spare + 1)
-                draft.spare -= gap - 1
-            elif sequence.num_computed == sequence.capacity and not self._make_room(sequence, draft):
-                continue
-            draft.grant(sequence, gap)
+            if sequence.num_computed == sequence.max_computed - 1:
+                draft.last.append(sequence)
+            else:
+                self._decoding.enroll(sequence)
 
     def _make_room(self, sequence: Sequence, draft: _Draft) -> bool:
         """Give the sequence its next block, at the latest arrivals' expense; False when it is itself the latest."""
@@ -144,11 +178,10 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         """Take everything from a running sequence; it will compute its tokens again (recompute, section 4.5)."""
-        self.running.remove(sequence)
-        self._take_back(sequence)
+        self._stop_running(sequence)
         self.counters.num_preemptions += 1
         self.counters.recomputed_tokens += sequence.num_computed
-        sequence.num_computed = 0
+        sequence.forget_computed()
         sequence.num_preemptions += 1
         sequence.status = Status.WAITING
         self.waiting.appendleft(sequence)
@@ -171,58 +204,86 @@ class Scheduler:
         draft.admitted.append(_admission(sequence))
         if not sequence.num_preemptions:
             self.counters.prompt_tokens += sequence.num_prompt_tokens
-        chunk = min(sequence.num_tokens - sequence.num_computed, draft.spare)
-        draft.spare -= chunk
-        draft.grant(sequence, chunk)
+        draft.spare -= 1  # it runs now, and its first token is no more than everybody's
+        draft.grant(sequence, min(sequence.gap, draft.spare + 1))
 
     def _seal(self, draft: _Draft) -> StepPlan:
-        self._num_planned += 1
+        decoding = self._decoding
+        rows, sampled = decoding.rows, decoding.sequences
+        are_single = all(count == 1 for count in draft.num_tokens)
+        decoding.clock.now += 1
         plan = StepPlan(
-            step=self._num_planned,
+            step=decoding.clock.now,
             retired=tuple(self._retired),
             admitted=tuple(draft.admitted),
             extended=tuple(draft.extended),
-            rows=tuple(draft.rows),
-            num_tokens=() if sum(draft.num_tokens) == len(draft.rows) else tuple(draft.num_tokens),
-            num_sampled=len(draft.sampled),
+            rows=rows + tuple(draft.rows),
+            num_tokens=() if are_single else (1,) * len(rows) + tuple(draft.num_tokens),
+            num_sampled=len(sampled) + len(draft.sampled),
         )
+        for sequence in draft.last:
+            decoding.leave(sequence)
+        for sequence in draft.entering:
+            decoding.enter(sequence)
+        self._prefilling = draft.partial
         self._retired.clear()
-        self._in_flight.append((plan.step, draft.sampled))
+        self._in_flight.append(
+            _Flight(plan.step, sampled + tuple(draft.sampled), frozenset(draft.last), self._num_ended)
+        )
         self.counters.count_plan(plan)
         return plan
 
-    def apply(self, result: StepResult) -> list[TokenEvent]:
-        """Take the result of the oldest plan in flight; returns one event per token of a sequence still in progress."""
-        step, sampled = self._in_flight.popleft()
-        if result.step != step or len(result.token_ids) != len(sampled):
+    def apply(self, result: StepResult) -> StepEvents:
+        """Take the result of the oldest plan in flight; returns the tokens of the sequences still in progress."""
+        flight = self._in_flight.popleft()
+        if result.step != flight.step or len(result.token_ids) != len(flight.sampled):
             got = f"step {result.step} with {len(result.token_ids)}"
-            raise AuditError(f"awaited step {step} with {len(sampled)} tokens, not {got}")
-        events: list[TokenEvent] = []
-        logprobs = result.logprobs
-        for position, (sequence, token) in enumerate(zip(sampled, result.token_ids, strict=True)):
-            if sequence.status is Status.FINISHED:
-                continue  # ended while its token was in flight
+            raise AuditError(f"awaited step {flight.step} with {len(flight.sampled)} tokens, not {got}")
+        events = StepEvents(flight.sampled, result.token_ids, {}, result.logprobs)
+        if flight.num_ended != self._num_ended:
+            events = _of_those_in_progress(events)
+        for sequence, token in zip(events.sequences, events.token_ids, strict=True):
             sequence.token_ids.append(token)
-            reason = _finish_reason(sequence, token)
-            events.append(TokenEvent(sequence, token, reason, logprobs.get(position) if logprobs else None))
-            if reason is not None:
-                self._end(sequence)
+        if flight.last or not self._stops.tokens.isdisjoint(events.token_ids):
+            self._finish(events, flight.last)
         self.counters.count_result(result, events)
         return events
+
+    def _finish(self, events: StepEvents, full: frozenset[Sequence]) -> None:
+        """End the sequences whose last token this is."""
+        stops = self._stops.tokens
+        pairs = zip(events.sequences, events.token_ids, strict=True)
+        suspects = [i for i, (sequence, token) in enumerate(pairs) if token in stops or sequence in full]
+        for position in suspects:
+            sequence = events.sequences[position]
+            reason = _finish_reason(sequence, events.token_ids[position])
+            if reason is not None:
+                events.ends[position] = reason
+                self._end(sequence)
 
     # -- ends
 
     def _end(self, sequence: Sequence) -> None:
         if sequence.status is Status.RUNNING:
-            self.running.remove(sequence)
-            self._take_back(sequence)
+            self._stop_running(sequence)
         else:
             self.waiting.remove(sequence)
         sequence.status = Status.FINISHED
-        siblings = self._requests[sequence.request.request_id]
+        self._num_ended += 1
+        request = sequence.request
+        siblings = self._requests[request.request_id]
         siblings.remove(sequence)
         if not siblings:
-            del self._requests[sequence.request.request_id]
+            del self._requests[request.request_id]
+            self._stops.remove(request.stop_token_ids)
+
+    def _stop_running(self, sequence: Sequence) -> None:
+        """It computes nothing more, and its row and blocks are free."""
+        del self.running[bisect_left(self.running, sequence.arrival, key=_arrival)]
+        self._decoding.leave(sequence)
+        if sequence in self._prefilling:
+            self._prefilling.remove(sequence)
+        self._take_back(sequence)
 
     def _take_back(self, sequence: Sequence) -> None:
         """Row and blocks. Safe with steps in flight: workers run steps in order, so reuse comes after their use."""
@@ -243,6 +304,10 @@ class Scheduler:
         for sequence in self._sequences():
             _audit_sequence(sequence)
         self._audit_order()
+        self._decoding.audit(self.running)
+        if self._prefilling != [sequence for sequence in self.running if sequence.gap > 1]:
+            raise AuditError(f"{self._prefilling} are not the running sequences with chunks to compute")
+        self._stops.audit(held[0].request.stop_token_ids for held in self._requests.values())
         rows = [sequence.row for sequence in self.running]
         if sorted(rows + self._free_rows) != list(range(self.config.max_num_seqs)):
             raise AuditError(f"rows {sorted(rows)} in use and {sorted(self._free_rows)} free do not make up the table")
@@ -263,6 +328,9 @@ class Scheduler:
         yield from self.waiting
 
 
+_arrival = attrgetter("arrival")
+
+
 def _admission(sequence: Sequence) -> Admission:
     request = sequence.request
     return Admission(
@@ -274,6 +342,17 @@ def _admission(sequence: Sequence) -> Admission:
         params=request.params,
         seed=request.sample_seed(sequence.index),
         stop_token_ids=request.stop_token_ids,
+    )
+
+
+def _of_those_in_progress(events: StepEvents) -> StepEvents:
+    """Without those that ended while their token was in flight."""
+    kept = [i for i, sequence in enumerate(events.sequences) if sequence.status is not Status.FINISHED]
+    return StepEvents(
+        tuple([events.sequences[i] for i in kept]),
+        tuple([events.token_ids[i] for i in kept]),
+        {},
+        {new: events.logprobs[old] for new, old in enumerate(kept) if old in events.logprobs},
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from quire.scheduler.plan import StepPlan, StepResult, TokenEvent
+from quire.scheduler.plan import StepEvents, StepPlan, StepResult
 from quire.scheduler.sequence import Sequence
 
 
@@ -32,14 +32,10 @@ class Counters:
         self.computed_tokens += plan.total_tokens
         self.num_admissions += len(plan.admitted)
 
-    def count_result(self, result: StepResult, events: Iterable[TokenEvent]) -> None:
-        used = 0
-        for event in events:
-            used += 1
-            if event.finish_reason is not None:
-                self.num_finished += 1
-        self.generation_tokens += used
-        self.discarded_tokens += len(result.token_ids) - used
+    def count_result(self, result: StepResult, events: StepEvents) -> None:
+        self.generation_tokens += len(events)
+        self.discarded_tokens += len(result.token_ids) - len(events)
+        self.num_finished += len(events.ends)
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,12 +69,22 @@ class HashDecoder:
         pool = kv.numpy()
         keys, values = pool[:, 0, 0, :, 0, 0], pool[:, 0, 1, :, 0, 0]
         block_size = keys.shape[1]
-        blocks, offsets = np.divmod(batch.slots.numpy(), block_size)
-        keys[blocks, offsets] = batch.positions.numpy() + 1  # so that an empty slot is no position
-        values[blocks, offsets] = batch.token_ids.numpy()
+        is_real = batch.slots.numpy() >= 0  # else padding
+        blocks, offsets = np.divmod(batch.slots.numpy()[is_real], block_size)
+        keys[blocks, offsets] = batch.positions.numpy()[is_real] + 1  # so that an empty slot is no position
+        values[blocks, offsets] = batch.token_ids.numpy()[is_real]
 
-        rows = np.searchsorted(batch.rows.query_starts[1:] - 1, batch.sample_index.numpy())
-        lengths = batch.rows.seq_lens[rows].astype(np.int64)
+        lengths = batch.rows.seq_lens
+        if batch.rows.static:
+            assert batch.rows.on_device is not None
+            lengths = batch.rows.on_device[1].numpy()
+        rows = np.arange(len(lengths))
+        if batch.sample_index is not None:
+            rows = np.searchsorted(batch.rows.query_starts[1:] - 1, batch.sample_index.numpy())
+        sums = torch.zeros(len(rows), dtype=torch.int64)
+        wanted = lengths[rows] > 0
+        rows = rows[wanted]
+        lengths = lengths[rows].astype(np.int64)
         starts = np.cumsum(lengths) - lengths
         position = np.arange(lengths.sum()) - np.repeat(starts, lengths)
         index, offsets = np.divmod(position, block_size)
@@ -82,7 +92,9 @@ class HashDecoder:
         stored, token = keys[blocks, offsets].astype(np.int64) - 1, values[blocks, offsets].astype(np.int64)
         # The position that was stored decides, and one that was not meant to be here counts as another token.
         pairs = _mix(stored, token + 7 * (stored != position))
-        return torch.from_numpy(np.add.reduceat(pairs, starts) if len(starts) else starts)
+        if len(starts):
+            sums[torch.from_numpy(wanted)] = torch.from_numpy(np.add.reduceat(pairs, starts))
+        return sums
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = torch.zeros(len(hidden), self.spec.vocab_size)

@@ -7,7 +7,7 @@ from fake_worker import VOCAB, FakeWorker
 from quire.scheduler.config import SchedulerConfig
 from quire.scheduler.engine import Engine
 from quire.scheduler.params import SamplingParams
-from quire.scheduler.plan import StepPlan, StepResult, TokenEvent
+from quire.scheduler.plan import StepEvents, StepPlan, StepResult
 from quire.scheduler.request import ModelLimits, Request
 from quire.scheduler.scheduler import Scheduler
 
@@ -33,6 +33,6 @@ def make_engine(run_ahead: int = 0, **config: object) -> tuple[Engine, FakeWorke
     return Engine(scheduler, worker, run_ahead), worker
 
 
-def answer(scheduler: Scheduler, plan: StepPlan, token: int = 5) -> list[TokenEvent]:
+def answer(scheduler: Scheduler, plan: StepPlan, token: int = 5) -> StepEvents:
     """Apply a result in which every sampling row got `token`."""
     return scheduler.apply(StepResult(plan.step, (token,) * plan.num_sampled, {}))

@@ -1,4 +1,5 @@
-"""One step's flat tensors: what the decoder and the kernels read, passed explicitly.
+"""One step's inputs: a few integers per row on their way to the device, and the flat tensors that are derived from them
+there, which the decoder and the kernels read.
 
 Rows of a batch are sequences; each brings one or more new tokens, laid end to end. Nothing distinguishes prefill
 from decode but the number of tokens.
@@ -7,22 +8,32 @@ from decode but the number of tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
 
 from quire.kernels import dispatch
-from quire.kernels.attention import PagedRows
-from quire.kernels.shared_prefix import find_shared_prefixes
+from quire.kernels.attention import PagedRows, SharedPrefixes
+from quire.kernels.shared_prefix import FEWEST_ROWS, FEWEST_TOKENS, find_shared_prefixes
+from quire.kernels.step_inputs import LONGEST_SEGMENT, SEGMENT, StepTensors, derive_inputs, write_rows
 
 if TYPE_CHECKING:  # the decoder needs the batch and not the table
-    from quire.worker.table import RowTable, Work
+    from quire.worker.table import RowTable, Work, Write
+    from quire.worker.transfer import Transfer
+
+Words = TypeVar("Words", np.ndarray, torch.Tensor)
+
+ALIGNED = 32
+"""Words of int32: sections begin at multiples of 128 bytes."""
+
+ROOM = 1 << 16
+"""Words beside those of every step: settings, prompts, blocks. What does not fit travels by itself."""
 
 
 @dataclass(slots=True)
 class Batch:
-    """Inputs of one forward pass; T new tokens of B rows, S of which sample."""
+    """Inputs of one forward pass; T new tokens of B rows, S of which sample. They are written anew for the next one."""
 
     token_ids: torch.Tensor
     """[T] int64."""
@@ -31,60 +42,177 @@ class Batch:
     """[T] int64: index of each token in its sequence."""
 
     slots: torch.Tensor
-    """[T] int64: where each token's K/V goes: block * block_size + offset."""
+    """[T] int64: where each token's K/V goes: block * block_size + offset; of padding -1."""
 
     rows: PagedRows
     """What attention needs to know of the B rows."""
 
-    sample_index: torch.Tensor
-    """[S] int64: index among the T tokens of the last token of each row that samples."""
+    sample_index: torch.Tensor | None
+    """[S] int64: index among the T tokens of the last token of each row that samples; None: all tokens sample."""
 
 
-def build_batch(table: RowTable, work: Work, deterministic: bool = False) -> Batch:
-    """The tensors of one step, from the rows as they are. Everything the device needs travels in one copy."""
-    num_rows, block_size = len(work.rows), table.size.block_size
-    ends = work.starts + work.num_tokens
-    query_starts = np.zeros(num_rows + 1, np.int32)
-    np.cumsum(work.num_tokens, out=query_starts[1:])
-    token_rows, positions = work.rows, work.starts
-    if query_starts[-1] != num_rows:
-        token_rows = np.repeat(work.rows, work.num_tokens)
-        positions = np.arange(query_starts[-1]) - np.repeat(query_starts[:-1] - work.starts, work.num_tokens)
-    sample_index = query_starts[1:][work.sampling] - 1
-    num_blocks = -(-int(ends.max()) // block_size)
+class Parcel:
+    """What one step sends to the device, in one copy."""
 
-    token_rows_, positions_, rows_, sample_index_, starts_, ends_ = _upload(
-        table.device, token_rows, positions, work.rows, sample_index, query_starts, ends
-    )
-    on_gpu = dispatch.on_gpu(starts_)
-    shared = None
-    if on_gpu and not deterministic:
-        shared = find_shared_prefixes(table.host_blocks[work.rows, :num_blocks], ends, work.num_tokens, block_size)
-    blocks = table.block_table[token_rows_, positions_ // block_size]
-    return Batch(
-        token_ids=table.token_ids[token_rows_, positions_].long(),
-        positions=positions_,
-        slots=blocks.long() * block_size + positions_ % block_size,
-        rows=PagedRows(
-            block_tables=table.block_table[:, :num_blocks].index_select(0, rows_),
+    def __init__(self, staging: torch.Tensor, device: torch.Tensor, used: int) -> None:
+        self.staging, self.device, self.used = staging, device, used
+        self.words: np.ndarray = staging.numpy()
+
+    def place(self, array: np.ndarray) -> torch.Tensor:
+        """Takes an array of int32 along. Returns where it will be, flat, once the parcel is sent."""
+        start, stop = self.used, self.used + array.size
+        if stop > len(self.words):
+            return torch.from_numpy(array.ravel()).to(self.device.device, non_blocking=True)
+        self.words[start:stop] = array.ravel()
+        self.used = _aligned(stop)
+        return self.device[start:stop]
+
+
+class StepInputs:
+    """The memory that steps over one table are fed through. Each step writes it anew, in the order in which the device
+    takes them; on the host every line of the transfer has memory of its own."""
+
+    def __init__(self, table: RowTable, transfer: Transfer) -> None:
+        size, device = table.size, table.device
+        rows, tokens = size.num_rows, max(size.num_rows, size.max_num_batched_tokens)
+        self._table, self._transfer = table, transfer
+        # The line of results, rows, starts, query_starts, sampling; then room.
+        self._starts = np.cumsum([0, *map(_aligned, (1, rows, rows, rows + 1, rows))]).tolist()
+        self._device = torch.zeros(self._starts[-1] + ROOM, dtype=torch.int32, device=device)
+        self._staging = [transfer.staging(self._device) for _ in range(transfer.num_lines)]
+        self._index = np.arange(rows + 1, dtype=np.int32)
+        self.singles = torch.from_numpy(self._index).to(device)
+        """[rows + 1] int32: query_starts of rows of one token each, on the device."""
+
+        def derived(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        report, rows_, starts, query_starts, sampling = self._sections(self._device)
+        self.step = StepTensors(
+            report=report,
+            rows=rows_,
+            starts=starts,
             query_starts=query_starts,
-            seq_lens=ends.astype(np.int32),
-            deterministic=deterministic,
-            shared=shared,
-            on_device=(starts_.int(), ends_.int()) if on_gpu else None,
-        ),
-        sample_index=sample_index_,
-    )
+            sampling=sampling,
+            token_ids=derived(tokens),
+            positions=derived(tokens),
+            slots=derived(tokens),
+            seq_lens=derived(rows, dtype=torch.int32),
+            sample_index=derived(rows),
+            block_tables=derived(rows, size.blocks_per_row, dtype=torch.int32),
+            results=derived(transfer.num_lines, rows, dtype=torch.int32),
+        )
+
+    def load(self, line: int, work: Work, padded: int = 0) -> Parcel:
+        """Takes the step along, its rows padded to at least `padded`; more may be placed beside it."""
+        parcel = Parcel(self._staging[line], self._device, self._starts[-1])
+        report, rows, starts, query_starts, sampling = self._sections(parcel.words)
+        num_rows = len(work.rows)
+        report[0] = line
+        rows[:num_rows] = work.rows
+        starts[:num_rows] = work.starts
+        if padded > num_rows:
+            rows[num_rows:padded] = -1
+            starts[num_rows:padded] = 0
+        if work.is_decode:
+            return parcel
+        query_starts[0] = 0
+        np.cumsum(work.num_tokens, out=query_starts[1 : num_rows + 1])
+        sampling[: len(work.sampling)] = work.sampling
+        return parcel
+
+    def send(self, parcel: Parcel, writes: list[Write]) -> None:
+        """What the plan brought for the rows goes along, and is written into them."""
+        placed = [parcel.place(part) for part in _segments(writes)] if writes else []
+        self._transfer.send(parcel.staging, parcel.device, parcel.used)
+        if placed:
+            write_rows(self._table.tensors, placed[0].view(-1, SEGMENT), placed[1])
+
+    def batch(self, parcel: Parcel, work: Work, deterministic: bool, shared: SharedPrefixes | None) -> Batch:
+        """The tensors of the step that was sent."""
+        step, block_size = self.step, self._table.size.block_size
+        num_rows, num_sampling = len(work.rows), len(work.sampling)
+        ends = (work.starts + work.num_tokens).astype(np.int32)
+        if work.is_decode:
+            # The results' rows are the step's, in order.
+            num_tokens, num_sampling = num_rows, 0
+            query_starts, starts = self._index, self.singles
+        else:
+            query_starts, starts = self._sections(parcel.words)[3], step.query_starts
+            num_tokens = int(query_starts[num_rows])
+        derive_inputs(self._table.tensors, step, num_rows, num_tokens, num_sampling, block_size)
+        return Batch(
+            token_ids=step.token_ids[:num_tokens],
+            positions=step.positions[:num_tokens],
+            slots=step.slots[:num_tokens],
+            rows=PagedRows(
+                block_tables=step.block_tables[:num_rows, : -(-int(ends.max()) // block_size)],
+                query_starts=query_starts[: num_rows + 1],
+                seq_lens=ends,
+                deterministic=deterministic,
+                shared=shared,
+                on_device=(starts[: num_rows + 1], step.seq_lens[:num_rows]) if dispatch.on_gpu(starts) else None,
+            ),
+            sample_index=None if work.is_decode else step.sample_index[:num_sampling],
+        )
+
+    def static_batch(self, num_rows: int, deterministic: bool) -> Batch:
+        """The same for a decode step of so many rows, padding among them, whatever they are when it is replayed."""
+        step, size = self.step, self._table.size
+        derive_inputs(self._table.tensors, step, num_rows, num_rows, 0, size.block_size)
+        return Batch(
+            token_ids=step.token_ids[:num_rows],
+            positions=step.positions[:num_rows],
+            slots=step.slots[:num_rows],
+            rows=PagedRows(
+                block_tables=step.block_tables[:num_rows],
+                query_starts=self._index[: num_rows + 1],
+                seq_lens=np.full(num_rows, size.max_model_len, np.int32),
+                deterministic=deterministic,
+                on_device=(self.singles[: num_rows + 1], step.seq_lens[:num_rows]),
+                static=True,
+            ),
+            sample_index=None,
+        )
+
+    def clear(self, num_rows: int) -> None:
+        """Leaves nothing but padding in the first rows, on the device: for whoever records a step."""
+        self.step.rows[:num_rows] = -1
+        self.step.starts[:num_rows] = 0
+        self.step.report.zero_()
+
+    def _sections(self, words: Words) -> tuple[Words, Words, Words, Words, Words]:
+        """The line of results, rows, starts, query_starts and sampling."""
+        rows, at = self._table.size.num_rows, self._starts
+        lengths = (1, rows, rows, rows + 1, rows)
+        report, rows_, starts, query_starts, sampling = (words[i : i + n] for i, n in zip(at, lengths, strict=False))
+        return report, rows_, starts, query_starts, sampling
 
 
-def _upload(device: torch.device, *arrays: np.ndarray) -> list[torch.Tensor]:
-    """Integer arrays as int64 tensors on the device, by one copy.
+def find_shared(table: RowTable, work: Work) -> SharedPrefixes | None:
+    """Rows that begin with the same blocks. That none do, as mostly, is known after one look at each row."""
+    size = table.size
+    ends = work.starts + work.num_tokens
+    long = work.rows[(ends > FEWEST_TOKENS) & (work.num_tokens == 1)]
+    if len(long) < FEWEST_ROWS:
+        return None
+    blocks = np.sort(table.host_blocks[long, -(-FEWEST_TOKENS // size.block_size) - 1])
+    if not (blocks[1:] == blocks[:-1]).any():
+        return None
+    width = -(-int(ends.max()) // size.block_size)
+    return find_shared_prefixes(table.host_blocks[work.rows, :width], ends, work.num_tokens, size.block_size)
 
-    Each starts at a multiple of 128 bytes: kernels are compiled anew for pointers of another alignment.
-    """
-    starts = np.cumsum([0, *(-(-len(array) // 16) * 16 for array in arrays)]).tolist()
-    packed = np.zeros(starts[-1], np.int64)
-    for start, array in zip(starts, arrays, strict=False):
-        packed[start : start + len(array)] = array
-    tensor = torch.from_numpy(packed).to(device, non_blocking=True)
-    return [tensor[start : start + len(array)] for start, array in zip(starts, arrays, strict=False)]
+
+def _segments(writes: list[Write]) -> tuple[np.ndarray, np.ndarray]:
+    """What `write_rows` takes: segments [n, SEGMENT] and the values that they name."""
+    segments, offset = [], 0
+    for write in writes:
+        for start in range(0, len(write.values), LONGEST_SEGMENT):
+            count = min(LONGEST_SEGMENT, len(write.values) - start)
+            segments.append((write.in_blocks, write.row, write.column + start, offset + start, count, 0, 0, 0))
+        offset += len(write.values)
+    return np.array(segments, np.int32), np.concatenate([write.values for write in writes])
+
+
+def _aligned(words: int) -> int:
+    return -(-words // ALIGNED) * ALIGNED

@@ -19,8 +19,11 @@ class PoolTooSmall(ValueError):
     """Not even one sequence of the greatest length would fit."""
 
 
-def count_blocks(config: WorkerConfig, bytes_per_block: int, worst_step: Callable[[], None]) -> int:
-    """`worst_step` runs the largest step that can come, and is called on a GPU only."""
+def count_blocks(
+    config: WorkerConfig, bytes_per_block: int, worst_step: Callable[[], None], graph_bytes: Callable[[], int]
+) -> int:
+    """`worst_step` runs the largest step that can come, and `graph_bytes` says what recorded steps will take; both are
+    called on a GPU only."""
     per_sequence = -(-config.max_model_len // config.block_size)
     if config.num_gpu_blocks_override is not None:
         blocks, source = config.num_gpu_blocks_override, "num_gpu_blocks_override; raise it"
@@ -28,7 +31,7 @@ def count_blocks(config: WorkerConfig, bytes_per_block: int, worst_step: Callabl
         blocks = config.kv_cache_memory_bytes // bytes_per_block
         source = f"kv_cache_memory_bytes of {config.kv_cache_memory_bytes}; raise it"
     elif config.device == "cuda":
-        room, told = _gpu_room(config.gpu_memory_utilization, worst_step)
+        room, told = _gpu_room(config.gpu_memory_utilization, worst_step, graph_bytes)
         blocks, source = max(room, 0) // bytes_per_block, told
     else:
         room = cpu_pool_bytes(available_memory(), config.tensor_parallel_size)
@@ -43,8 +46,9 @@ def count_blocks(config: WorkerConfig, bytes_per_block: int, worst_step: Callabl
     return blocks
 
 
-def _gpu_room(utilization: float, worst_step: Callable[[], None]) -> tuple[int, str]:
+def _gpu_room(utilization: float, worst_step: Callable[[], None], graph_bytes: Callable[[], int]) -> tuple[int, str]:
     """Bytes for the pool, and where they come from."""
+    graphs = graph_bytes()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     worst_step()
@@ -54,9 +58,9 @@ def _gpu_room(utilization: float, worst_step: Callable[[], None]) -> tuple[int, 
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
     others = total - free - torch.cuda.memory_reserved()
-    room = int(total * utilization) - peak - others
+    room = int(total * utilization) - peak - graphs - others
     return room, (
         f"{max(room, 0)} bytes: gpu_memory_utilization {utilization} of {total}, less {peak} for weights and the "
-        f"largest step and {others} held by others; raise gpu_memory_utilization, lower max_num_batched_tokens or "
-        "max_num_seqs"
+        f"largest step, {graphs} for CUDA graphs and {others} held by others; raise gpu_memory_utilization, lower "
+        "max_num_batched_tokens or max_num_seqs, or set enforce_eager"
     )

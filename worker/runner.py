@@ -1,28 +1,32 @@
-"""One rank's runtime: takes a plan, computes it, reports the tokens.
+"""One rank's runtime: takes plans, launches their steps, reports the tokens.
 
 Invariant: a step is a function of the plan and of what earlier plans left in rows and pool; every rank runs the same
-steps in the same order and goes on with the tokens that rank 0 samples. Knows neither Ray nor gRPC.
+steps in the same order and goes on with the tokens that rank 0 samples. On a GPU a launch waits for nothing: the next
+step's may follow at once. Knows neither Ray nor gRPC.
 """
 
 from __future__ import annotations
 
 import secrets
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import numpy as np
 import torch
 
 from quire.protos import worker_pb2
-from quire.worker.batch import Batch, build_batch
 from quire.worker.config import WorkerConfig
+from quire.worker.graphs import BYTES_PER_GRAPH, padded_sizes, recorder_for
 from quire.worker.host import usable_cores
 from quire.worker.memory import count_blocks
 from quire.worker.models.spec import ModelSpec
 from quire.worker.parallel import TensorParallel
 from quire.worker.pool import BlockShape, KVPool
-from quire.worker.table import RowTable, TableSize, Work
+from quire.worker.step import Launched, Model, Stepper
+from quire.worker.table import RowTable, TableSize
+from quire.worker.transfer import transfer_for
 from quire.worker.weights import load_model
 
 Progress = Callable[[int, int], None]
@@ -36,32 +40,7 @@ KV_DTYPES = {
     "fp8": torch.float8_e4m3fn,
 }
 GREEDY = worker_pb2.Sampling(top_p=1, repetition_penalty=1)
-NO_TOKENS = np.empty(0, np.int64)
 COSTLIEST = worker_pb2.Sampling(temperature=1, top_p=0.9, repetition_penalty=1.1, logprobs=1)
-
-
-class Structure(Protocol):
-    """What of a model's structure the runtime needs."""
-
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def num_layers(self) -> int: ...
-    @property
-    def head_dim(self) -> int: ...
-
-
-class Model(Protocol):
-    """A decoder as the runtime sees it."""
-
-    @property
-    def spec(self) -> Structure: ...
-    @property
-    def num_local_kv_heads(self) -> int: ...
-    @property
-    def weight_bytes(self) -> int: ...
-    def forward(self, batch: Batch, kv: torch.Tensor) -> torch.Tensor: ...
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor: ...
 
 
 Loader = Callable[[WorkerConfig, TensorParallel, Progress | None], Model]
@@ -71,9 +50,45 @@ def load_decoder(config: WorkerConfig, tp: TensorParallel, progress: Progress | 
     return load_model(config, ModelSpec.from_pretrained(config.model), tp, progress)
 
 
+class Pending:
+    """A step that has been launched."""
+
+    def __init__(self, launched: Launched, line: int, report: worker_pb2.StepReport, launch_us: int) -> None:
+        self.epoch, self.step = report.epoch, report.step
+        self.line = line
+        self.launch_us = launch_us
+        """What the launch took on the host; on a CPU that is the step."""
+        self._launched: Launched | None = launched
+        self._report = report
+        self._error: Exception | None = None
+        self._waiting = threading.Lock()
+
+    def wait(self) -> worker_pb2.StepReport:
+        """Returns when the step is over, from whatever thread; raises what has become of it on the device."""
+        with self._waiting:
+            if self._launched is not None:
+                try:
+                    self._finish(self._launched)
+                except Exception as error:
+                    self._error = error
+                self._launched = None
+        if self._error is not None:
+            raise self._error
+        return self._report
+
+    def _finish(self, launched: Launched) -> None:
+        arrays = launched.arrival.wait()
+        busy_us = launched.arrival.busy_us
+        self._report.busy_us = self.launch_us if busy_us is None else busy_us
+        if arrays:
+            self._report.token_ids = arrays[0].astype("<i4", copy=False).tobytes()
+        if launched.scores is not None:
+            self._report.logprobs.extend(launched.scores.messages(arrays[1:]))
+
+
 class Runner:
-    """In this order: load, measure, allocate, warm_up, and then run for ever. On several ranks every one of these is
-    called on all of them."""
+    """In this order: load, measure, allocate, warm_up, and then launches for ever. On several ranks every one of these
+    is called on all of them."""
 
     def __init__(self, config: WorkerConfig, tp: TensorParallel | None = None, loader: Loader = load_decoder) -> None:
         self.config = config
@@ -97,14 +112,18 @@ class Runner:
 
     def measure(self) -> int:
         """How many blocks fit here; the pool may have no more than the least of all ranks."""
-        return count_blocks(self.config, self._block_shape.num_bytes, self._worst_step)
+        return count_blocks(self.config, self._block_shape.num_bytes, self._worst_step, self._graph_bytes)
 
     def allocate(self, num_blocks: int) -> None:
         self.pool = KVPool(self._block_shape, num_blocks, self._device)
         self.table = RowTable(self._table_size(num_blocks), self._device)
+        self._stepper = self._stepper_over(self.table, self.pool)
+        self._lines = deque(range(self._stepper.num_lines))
+        self._launched: deque[Pending] = deque()
 
     def warm_up(self) -> None:
-        """Computes prompts, then single tokens, of made-up sequences in a table and a pool of their own."""
+        """Computes prompts, then single tokens, of made-up sequences in a table and a pool of their own, and records
+        decode steps where they are replayed."""
         config = self.config
         longest = min(2 * config.block_size + 1, config.max_model_len - 1, config.max_num_batched_tokens)
         is_room = longest < config.max_num_batched_tokens and config.max_num_seqs > 1
@@ -117,24 +136,43 @@ class Runner:
             longest = config.max_model_len
             self._rehearse([(longest, longest - 1)], GREEDY, num_decodes=0)
             self._rehearse([(min(longest, 512), min(longest, 512) - 1)] * min(4, config.max_num_seqs), GREEDY, 0)
+        recorder = recorder_for(config)
+        if recorder is not None:
+            self._stepper.record(recorder, self._graph_sizes)
 
-    @torch.inference_mode()
-    def run(self, plan: worker_pb2.StepPlan) -> worker_pb2.StepReport:
-        """Raises PlanError, before anything has changed, for a plan that does not fit the rows."""
+    def launch(self, plan: worker_pb2.StepPlan) -> Pending:
+        """Issues a step; on a CPU, computes it. Raises PlanError, before anything has changed, for a plan that does
+        not fit the rows. Called from one thread."""
         started = time.perf_counter_ns()
-        tokens, logprobs = self._step(self.table, self.pool, plan)
+        line = self._take_line()
+        try:
+            launched = self._stepper.launch(plan, line)
+        except BaseException:
+            self._lines.append(line)
+            raise
         report = worker_pb2.StepReport(
             epoch=plan.epoch, incarnation=self.incarnation, step=plan.step, rank=self.config.rank
         )
-        if self.config.rank == 0:
-            report.token_ids = tokens.astype("<i4").tobytes()
-            report.logprobs.extend(logprobs)
-        report.busy_us = (time.perf_counter_ns() - started) // 1000
-        return report
+        pending = Pending(launched, line, report, (time.perf_counter_ns() - started) // 1000)
+        self._launched.append(pending)
+        return pending
+
+    def run(self, plan: worker_pb2.StepPlan) -> worker_pb2.StepReport:
+        """Launches a step and waits for its end."""
+        return self.launch(plan).wait()
 
     def reset(self) -> None:
         """Empties all rows: what a new controller starts from."""
         self.table.clear()
+
+    def _take_line(self) -> int:
+        """Of the steps under way the oldest gives up its line when all are taken, whether or not somebody waits for
+        it: its report stays with it."""
+        if not self._lines:
+            oldest = self._launched.popleft()
+            oldest.wait()
+            self._lines.append(oldest.line)
+        return self._lines.popleft()
 
     def describe(self) -> worker_pb2.WorkerDescription:
         return worker_pb2.WorkerDescription(
@@ -149,33 +187,6 @@ class Runner:
             weight_bytes=self.decoder.weight_bytes,
         )
 
-    def _step(
-        self, table: RowTable, pool: KVPool, plan: worker_pb2.StepPlan
-    ) -> tuple[np.ndarray, list[worker_pb2.RowLogprobs]]:
-        """Tokens [S] on the host, and, on rank 0, log-probabilities of the rows that asked."""
-        work = table.apply(plan)
-        if not work.rows.size:
-            return NO_TOKENS, []
-        hidden = self.decoder.forward(build_batch(table, work, self.config.deterministic), pool.tensor)
-        tokens, logprobs = self._sample(table, work, hidden)
-        table.advance(work, tokens)
-        # Every rank waits here: a report says that the step is over.
-        return tokens.cpu().numpy(), logprobs
-
-    def _sample(
-        self, table: RowTable, work: Work, hidden: torch.Tensor
-    ) -> tuple[torch.Tensor, list[worker_pb2.RowLogprobs]]:
-        rows = work.sampling_rows
-        tokens = torch.empty(len(rows), dtype=torch.int64, device=self._device)
-        logprobs: list[worker_pb2.RowLogprobs] = []
-        if not rows.size:
-            return tokens, logprobs
-        logits = self.decoder.logits(hidden)
-        if self.config.rank == 0:
-            known = table.num_known[rows]
-            tokens, logprobs = table.sampler.sample(logits, rows, table.num_prompt[rows], known, table.token_ids)
-        return self.tp.broadcast(tokens), logprobs
-
     def _table_size(self, num_blocks: int) -> TableSize:
         return TableSize(
             num_rows=self.config.max_num_seqs,
@@ -185,6 +196,35 @@ class Runner:
             num_blocks=num_blocks,
             vocab_size=self.decoder.spec.vocab_size,
         )
+
+    @property
+    def _graph_sizes(self) -> list[int]:
+        return padded_sizes(min(self.config.max_num_seqs, self.config.max_num_batched_tokens))
+
+    def _graph_bytes(self) -> int:
+        """What recordings will take: that of the largest step, made over a scratch pool and forgotten, measured, and an
+        allowance for each of the others, which share its memory."""
+        recorder = recorder_for(self.config)
+        if recorder is None:
+            return 0
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        before = torch.cuda.mem_get_info()[0]
+        stepper = self._scratch_stepper()
+        stepper.record(recorder, self._graph_sizes[-1:])
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        taken = before - torch.cuda.mem_get_info()[0]
+        del stepper, recorder
+        torch.cuda.empty_cache()
+        return max(0, taken) + BYTES_PER_GRAPH * (len(self._graph_sizes) - 1)
+
+    def _scratch_stepper(self) -> Stepper:
+        table = RowTable(self._table_size(SCRATCH_BLOCKS), self._device)
+        return self._stepper_over(table, KVPool(self._block_shape, SCRATCH_BLOCKS, self._device))
+
+    def _stepper_over(self, table: RowTable, pool: KVPool) -> Stepper:
+        return Stepper(table, pool, self.decoder, self.tp, transfer_for(self._device), self.config.deterministic)
 
     def _worst_step(self) -> None:
         """The steps that need the most memory, every row sampling in the costliest way: as many rows and tokens as a
@@ -198,11 +238,9 @@ class Runner:
         lengths = [max(1, longest // (1 + i)) for i in range(rows)]
         self._rehearse([(length, length - 1) for length in lengths], COSTLIEST, num_decodes=0)
 
-    @torch.inference_mode()
     def _rehearse(self, sequences: Sequence[tuple[int, int]], sampling: worker_pb2.Sampling, num_decodes: int) -> None:
         """Prompts, given by length and how much of it counts as computed, in one step; then steps of one token each."""
-        table = RowTable(self._table_size(SCRATCH_BLOCKS), self._device)
-        pool = KVPool(self._block_shape, SCRATCH_BLOCKS, self._device)
+        stepper = self._scratch_stepper()
         admits = []
         for row, (length, num_computed) in enumerate(sequences):
             num_blocks = -(-(length + num_decodes) // self.config.block_size)
@@ -218,9 +256,9 @@ class Runner:
             )
         rows = np.arange(len(sequences), dtype="<i4").tobytes()
         num_tokens = np.array([length - num_computed for length, num_computed in sequences], "<i4").tobytes()
-        self._step(table, pool, worker_pb2.StepPlan(admits=admits, rows=rows, num_tokens=num_tokens))
-        for _ in range(num_decodes):
-            self._step(table, pool, worker_pb2.StepPlan(rows=rows))
+        plans = [worker_pb2.StepPlan(admits=admits, rows=rows, num_tokens=num_tokens)]
+        for plan in plans + [worker_pb2.StepPlan(rows=rows)] * num_decodes:
+            stepper.launch(plan, line=0).arrival.wait()
 
 
 def default_threads(num_ranks: int) -> int:

@@ -7,13 +7,22 @@ cost one argmax.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from quire.kernels.sampling import Columns, Entries, Penalties, greedy, log_probabilities, sample
+from quire.kernels.sampling import (
+    Columns,
+    Entries,
+    Penalties,
+    Prepared,
+    greedy,
+    log_probabilities,
+    prepare_sampling,
+    sample,
+)
 from quire.protos import worker_pb2
 
 # What a row needs beyond an argmax.
@@ -97,12 +106,58 @@ def _values(message: worker_pb2.Sampling, has_stops: bool, has_bias: bool) -> tu
     return needs, message.temperature, *cuts, *penalties, message.seed, message.min_tokens, message.logprobs
 
 
+Place = Callable[[np.ndarray], torch.Tensor]
+"""Takes an array of int32 along to the device, and says where it will be, flat, when the step computes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """How the rows of one step sample, with everything on its way to where they do."""
+
+    columns: Columns | None
+    """None: all of them are greedy and ask for nothing else."""
+    entries: Entries | None = None
+    penalties: Penalties | None = None
+    """With the rows of the table in the tokens' place: what they hold is known when the step computes."""
+    prepared: Prepared | None = None
+    scored: np.ndarray | None = None
+    """[A]: index among the rows of those that want log-probabilities; None: nobody does."""
+    scored_on_device: torch.Tensor | None = None
+    counts: np.ndarray | None = None
+    """[A]: the likeliest tokens that each of them wants."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Log-probabilities as they are computed."""
+
+    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    """Ids [A, 1 + k], values [A, 1 + k], ranks [A]."""
+    scored: np.ndarray
+    counts: np.ndarray
+
+    def messages(self, arrays: Iterable[np.ndarray]) -> list[worker_pb2.RowLogprobs]:
+        """From the tensors as they have come to the host."""
+        ids, values, ranks = arrays
+        return [
+            worker_pb2.RowLogprobs(
+                position=int(i),
+                token_ids=ids[j, : 1 + count].astype("<i4").tobytes(),
+                values=values[j, : 1 + count].astype("<f4").tobytes(),
+                sampled_rank=int(ranks[j]),
+            )
+            for j, (i, count) in enumerate(zip(self.scored, self.counts, strict=True))
+        ]
+
+
 class Sampler:
     """Settings of all rows, and sampling by them."""
 
-    def __init__(self, num_rows: int) -> None:
+    def __init__(self, num_rows: int, vocab_size: int) -> None:
         self._settings = np.zeros(num_rows, SETTINGS)
+        self._needs = self._settings["needs"]
         self._lists: dict[int, RowSettings] = {}  # of rows with stops to hold back or with a bias
+        self._vocab_size = vocab_size
 
     def admit(self, row: int, settings: RowSettings) -> None:
         self._settings[row] = settings.values
@@ -113,37 +168,61 @@ class Sampler:
         for row in rows:
             self._lists.pop(row, None)
 
-    def sample(
+    def is_greedy(self, rows: np.ndarray) -> bool:
+        """Whether the rows ask for the likeliest token and for nothing else."""
+        return not self._needs[rows].any()
+
+    def prepare(
         self,
-        logits: torch.Tensor,  # [S, V] float32, overwritten
         rows: np.ndarray,  # [S]
-        num_prompt: np.ndarray,  # [S]
-        num_known: np.ndarray,  # [S]: also the position of the token that is sampled
-        token_ids: torch.Tensor,  # [rows of the table, tokens]
-    ) -> tuple[torch.Tensor, list[worker_pb2.RowLogprobs]]:
-        """Tokens [S] int64, -1 where the logits are not numbers, and log-probabilities of the rows that asked."""
-        settings = self._settings[rows]
+        num_prompt: np.ndarray,  # [rows of the table]
+        num_known: np.ndarray,  # [rows of the table]: also the position of the token that is sampled
+        place: Place,
+        like: torch.Tensor,
+    ) -> Draw:
+        """What the step has to know before it computes; `like` lies where the logits will."""
+        settings, known, prompt = self._settings[rows], num_known[rows], num_prompt[rows]
         needs = settings["needs"]
-        if not np.bitwise_or.reduce(needs):
-            return greedy(logits), []
         columns = Columns(
             temperature=settings["temperature"],
             top_k=settings["top_k"],
             top_p=settings["top_p"],
             min_p=settings["min_p"],
             seed=settings["seed"],
-            position=num_known,
+            position=known,
         )
-        entries = self._entries(rows, settings, num_known - num_prompt)
+        entries = self._entries(rows, settings, known - prompt)
         asking = np.flatnonzero(needs & PENALIZED)
         penalties = None
         if asking.size:
-            width = int(num_known[asking].max())
-            tokens = token_ids[:, :width].index_select(0, torch.from_numpy(rows[asking]).to(token_ids.device))
-            penalties = _penalties(settings[asking], asking, tokens, num_prompt[asking], num_known[asking])
-        tokens = sample(logits, columns, entries, penalties)
+            place_of = place(rows[asking].astype(np.int32))
+            penalties = _penalties(settings[asking], asking, place_of, prompt[asking], known[asking])
+        prepared = prepare_sampling(columns, entries, penalties, self._vocab_size, place, like)
         asking = np.flatnonzero(needs & SCORED)
-        return tokens, _score(logits, tokens, asking, settings["logprobs"][asking]) if asking.size else []
+        if not asking.size:
+            return Draw(columns, entries, penalties, prepared)
+        index = place(asking.astype(np.int32))
+        return Draw(columns, entries, penalties, prepared, asking, index, settings["logprobs"][asking])
+
+    def sample(
+        self,
+        draw: Draw,
+        logits: torch.Tensor,  # [S, V] float32, overwritten
+        token_ids: torch.Tensor,  # [rows of the table, tokens]
+    ) -> tuple[torch.Tensor, Scores | None]:
+        """Tokens [S] int64, -1 where the logits are not numbers, and log-probabilities of the rows that asked."""
+        if draw.columns is None:
+            return greedy(logits), None
+        penalties = draw.penalties
+        if penalties is not None:
+            known = token_ids[:, : int(penalties.num_known.max())].index_select(0, penalties.tokens)
+            penalties = replace(penalties, tokens=known)
+        tokens = sample(logits, draw.columns, draw.entries, penalties, draw.prepared)
+        if draw.scored is None or draw.scored_on_device is None or draw.counts is None:
+            return tokens, None
+        logits, asked = logits.index_select(0, draw.scored_on_device), tokens.index_select(0, draw.scored_on_device)
+        scores = log_probabilities(logits, asked, int(draw.counts.max()))
+        return tokens, Scores(scores, draw.scored, draw.counts)
 
     def _entries(self, rows: np.ndarray, settings: np.ndarray, num_output: np.ndarray) -> Entries | None:
         """Biases and, before a row has min_tokens of output, its stop tokens at -inf."""
@@ -172,20 +251,3 @@ def _penalties(
         settings["presence_penalty"],
         settings["frequency_penalty"],
     )
-
-
-def _score(
-    logits: torch.Tensor, tokens: torch.Tensor, asking: np.ndarray, counts: np.ndarray
-) -> list[worker_pb2.RowLogprobs]:
-    index = torch.from_numpy(asking).to(logits.device)
-    scores = log_probabilities(logits[index], tokens[index], int(counts.max()))
-    ids, values, ranks = (part.cpu().numpy() for part in scores)
-    return [
-        worker_pb2.RowLogprobs(
-            position=int(i),
-            token_ids=ids[j, : 1 + count].astype("<i4").tobytes(),
-            values=values[j, : 1 + count].astype("<f4").tobytes(),
-            sampled_rank=int(ranks[j]),
-        )
-        for j, (i, count) in enumerate(zip(asking, counts, strict=True))
-    ]

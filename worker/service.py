@@ -1,16 +1,19 @@
 """The gRPC side of a worker: one stream of plans in, one stream of reports out. Knows no Ray.
 
-Invariant: one stream drives the rows at a time, that of the newest epoch; its steps are executed in order, without
-gaps, each once. Whoever is refused is told what this worker expected.
+Invariant: one stream drives the rows at a time, that of the newest epoch; its steps are launched in order, without
+gaps, each once, and reported in that order. Whoever is refused is told what this worker expected.
 """
 
 from __future__ import annotations
 
 import hmac
 import logging
+import queue
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NoReturn
 
 import grpc
@@ -20,8 +23,9 @@ from grpc_reflection.v1alpha import reflection
 from quire.protos import worker_pb2, worker_pb2_grpc
 from quire.protos.channel import WORKER_SERVER_OPTIONS
 from quire.worker.config import WorkerConfig
+from quire.worker.loop import StepThread
 from quire.worker.parallel import TensorParallel
-from quire.worker.runner import Loader, Progress, Runner, load_decoder
+from quire.worker.runner import Loader, Pending, Progress, Runner, load_decoder
 from quire.worker.table import PlanError
 
 SERVICE = worker_pb2.DESCRIPTOR.services_by_name["Worker"].full_name
@@ -39,27 +43,48 @@ class Refusal(Exception):
         self.code = code
 
 
+@dataclass(eq=False, slots=True)
+class _Stream:
+    """One open Run call."""
+
+    context: grpc.ServicerContext
+    launched: queue.SimpleQueue[Pending | Refusal | None] = field(default_factory=queue.SimpleQueue)
+    """Steps in their order, then why there are no more; None: there is nobody to be told."""
+    has_sent: bool = False
+    """A plan of it waits to be launched, or has been."""
+    is_over: bool = False
+    """It has been refused: what it sent beyond that is not looked at."""
+
+
 class WorkerService(worker_pb2_grpc.WorkerServicer):
-    def __init__(self, runner: Runner) -> None:
+    """Three threads for a stream: one reads plans as they come, the worker's own launches them in their order, and the
+    call's waits for each step and reports it, while the next is launched already."""
+
+    def __init__(self, runner: Runner, steps: StepThread) -> None:
         self._runner = runner
+        self._steps = steps
         self._rank = runner.config.rank
-        # Held for moments: which stream may drive. Never held while a step runs, for ends of streams take it too.
-        self._claiming = threading.Lock()
+        # Held for moments: who may drive, and where the rows stand.
+        self._state = threading.Lock()
         self._epoch = 0
-        self._driver: grpc.ServicerContext | None = None
-        # Held while a step runs: the rows, and where they stand.
-        self._stepping = threading.Lock()
+        self._driver: _Stream | None = None
         self._finished = (0, 0)  # epoch and step
-        self._broken = False
+        self._broken = 0
+        """The newest epoch of which a step has failed half-way."""
+        self._launched = (0, 0)  # epoch and step; of the steps' thread alone
 
     def Run(
         self, request_iterator: Iterator[worker_pb2.StepPlan], context: grpc.ServicerContext
     ) -> Iterator[worker_pb2.StepReport]:
-        context.add_callback(lambda: self._leave(context))
+        stream = _Stream(context)
+        if not context.add_callback(lambda: self._leave(stream)):
+            return  # it has ended already
+        threading.Thread(
+            target=self._read, args=(request_iterator, stream), name=f"rank-{self._rank}-plans", daemon=True
+        ).start()
         try:
-            for plan in request_iterator:
-                self._claim(plan, context)
-                yield self._step(plan, context)
+            while (step := stream.launched.get()) is not None:
+                yield self._finish(step)
         except Refusal as refusal:
             # Trailers hold eight kilobytes, and errors of collectives can be longer.
             context.abort(refusal.code, str(refusal)[:1000])
@@ -68,22 +93,45 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self, _request: worker_pb2.DescribeRequest, _context: grpc.ServicerContext
     ) -> worker_pb2.WorkerDescription:
         description = self._runner.describe()
-        epoch, step = self._finished
-        description.epoch = self._epoch
-        description.step = step if epoch == self._epoch else 0
+        with self._state:
+            epoch, step = self._finished
+            description.epoch = self._epoch
+            description.step = step if epoch == self._epoch else 0
         return description
 
-    def _claim(self, plan: worker_pb2.StepPlan, context: grpc.ServicerContext) -> None:
+    # -- in the thread that reads
+
+    def _read(self, plans: Iterator[worker_pb2.StepPlan], stream: _Stream) -> None:
+        try:
+            for plan in plans:
+                self._claim(plan, stream)
+                stream.has_sent = True
+                self._steps.post(partial(self._launch, plan, stream))
+        except Refusal as refusal:
+            self._end(stream, refusal)
+        except Exception:  # so grpc tells that the call has ended; its callback has seen to the rest
+            self._end(stream, None)
+        else:
+            self._end(stream, None)
+
+    def _end(self, stream: _Stream, why: Refusal | None) -> None:
+        """After the steps that it has sent."""
+        if stream.has_sent:
+            self._steps.post(lambda: stream.launched.put(why))
+        else:
+            stream.launched.put(why)  # without waiting for a step of somebody else
+
+    def _claim(self, plan: worker_pb2.StepPlan, stream: _Stream) -> None:
         """Makes the plan's stream the driver, or refuses it."""
         if plan.incarnation != self._runner.incarnation:
             raise Refusal(
                 grpc.StatusCode.FAILED_PRECONDITION,
                 f"the plan is for incarnation {plan.incarnation}; this worker is {self._runner.incarnation}",
             )
-        with self._claiming:
+        with self._state:
             driver = self._driver
             is_newer = plan.epoch > self._epoch
-            if driver not in (None, context) and not is_newer:
+            if driver not in (None, stream) and not is_newer:
                 raise Refusal(
                     grpc.StatusCode.ALREADY_EXISTS,
                     f"the plan is of epoch {plan.epoch}, but a stream of epoch {self._epoch} is driving this worker",
@@ -98,56 +146,85 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
                     grpc.StatusCode.FAILED_PRECONDITION,
                     f"epoch {plan.epoch} starts with step {plan.step}; its first step is 1",
                 )
-            self._epoch, self._driver = plan.epoch, context
-        if not context.is_active():
-            self._leave(context)  # it ended before it drove, and nobody will say so again
-        if driver not in (None, context):
+            self._epoch, self._driver = plan.epoch, stream
+        if not stream.context.is_active():
+            self._leave(stream)  # it ended before it drove, and nobody will say so again
+        if driver is not None and driver is not stream:
             log.warning("rank %d: epoch %d takes over", self._rank, plan.epoch)
-            driver.cancel()
+            driver.context.cancel()
 
-    def _leave(self, context: grpc.ServicerContext) -> None:
-        with self._claiming:
-            if self._driver is context:
+    # -- in any thread
+
+    def _leave(self, stream: _Stream) -> None:
+        """The stream has ended, from whatever side."""
+        with self._state:
+            if self._driver is stream:
                 self._driver = None
+        stream.launched.put(None)
 
-    def _step(self, plan: worker_pb2.StepPlan, context: grpc.ServicerContext) -> worker_pb2.StepReport:
-        with self._stepping:
-            if self._driver is not context:
-                # While this plan waited for the lock, or its client went away.
-                raise Refusal(grpc.StatusCode.ABORTED, f"the stream of epoch {plan.epoch} does not drive any more")
-            self._enter(plan)
-            try:
-                report = self._runner.run(plan)
-            except PlanError as error:
-                raise Refusal(
-                    grpc.StatusCode.INVALID_ARGUMENT, f"rank {self._rank}, step {plan.step}: {error}"
-                ) from error
-            except Exception as error:
-                log.exception("rank %d: step %d of epoch %d failed", self._rank, plan.step, plan.epoch)
-                self._broken = True
-                raise Refusal(
-                    grpc.StatusCode.INTERNAL,
-                    f"rank {self._rank}: step {plan.step} failed: {type(error).__name__}: {error}",
-                ) from error
-            self._finished = (plan.epoch, plan.step)
-            return report
+    # -- in the steps' thread
+
+    def _launch(self, plan: worker_pb2.StepPlan, stream: _Stream) -> None:
+        if stream.is_over:
+            return
+        try:
+            stream.launched.put(self._step(plan, stream))
+        except Refusal as refusal:
+            stream.is_over = True
+            stream.launched.put(refusal)
+
+    def _step(self, plan: worker_pb2.StepPlan, stream: _Stream) -> Pending:
+        if self._driver is not stream:
+            # While this plan waited for its turn, or its client went away.
+            raise Refusal(grpc.StatusCode.ABORTED, f"the stream of epoch {plan.epoch} does not drive any more")
+        self._enter(plan)
+        try:
+            pending = self._runner.launch(plan)
+        except PlanError as error:
+            raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, f"rank {self._rank}, step {plan.step}: {error}") from error
+        except Exception as error:
+            raise self._failure(plan.epoch, plan.step, error) from error
+        self._launched = (plan.epoch, plan.step)
+        return pending
 
     def _enter(self, plan: worker_pb2.StepPlan) -> None:
         """Empties the rows for a new epoch; refuses a step that is not the next one."""
-        if plan.epoch != self._finished[0]:
+        if plan.epoch != self._launched[0]:
             self._runner.reset()
-            self._finished, self._broken = (plan.epoch, 0), False
-        if self._broken:
+            self._launched = (plan.epoch, 0)
+        if self._broken == plan.epoch:
             raise Refusal(
                 grpc.StatusCode.FAILED_PRECONDITION,
                 f"a step of epoch {plan.epoch} has failed half-way; start a new epoch",
             )
-        expected = self._finished[1] + 1
+        expected = self._launched[1] + 1
         if plan.step != expected:
             raise Refusal(
                 grpc.StatusCode.FAILED_PRECONDITION,
                 f"the plan is step {plan.step} of epoch {plan.epoch}; the next one is step {expected}",
             )
+
+    # -- in the call's thread
+
+    def _finish(self, step: Pending | Refusal) -> worker_pb2.StepReport:
+        if isinstance(step, Refusal):
+            raise step
+        try:
+            report = step.wait()
+        except Exception as error:
+            raise self._failure(step.epoch, step.step, error) from error
+        with self._state:
+            self._finished = max(self._finished, (report.epoch, report.step))
+        return report
+
+    def _failure(self, epoch: int, step: int, error: Exception) -> Refusal:
+        """What a step left half done nobody knows: its epoch is over."""
+        log.error("rank %d: step %d of epoch %d failed", self._rank, step, epoch, exc_info=error)
+        with self._state:
+            self._broken = max(self._broken, epoch)
+        return Refusal(
+            grpc.StatusCode.INTERNAL, f"rank {self._rank}: step {step} failed: {type(error).__name__}: {error}"
+        )
 
 
 class TokenCheck(grpc.ServerInterceptor):  # type: ignore[type-arg]
@@ -179,30 +256,34 @@ class WorkerServer:
         self._loader = loader
         self._tp = TensorParallel.single()
         self._runner = Runner(config, self._tp, loader) if config.tensor_parallel_size == 1 else None
+        self._steps = StepThread(f"rank-{config.rank}-steps")
         self._server: grpc.Server | None = None
         self._health = health.HealthServicer()
 
     def connect(self, init_method: str) -> None:
         """Joins the tensor-parallel group; returns when all ranks have."""
         config = self._config
-        self._tp = TensorParallel.start(config.rank, config.tensor_parallel_size, init_method, config.device)
+        self._tp = self._steps.call(
+            lambda: TensorParallel.start(config.rank, config.tensor_parallel_size, init_method, config.device)
+        )
         self._runner = Runner(config, self._tp, self._loader)
 
     def load(self, progress: Progress | None = None) -> None:
-        self._connected.load(progress)
+        self._steps.call(lambda: self._connected.load(progress))
 
     def measure(self) -> int:
         """How many blocks fit here. On several ranks: called on all of them at once."""
-        return self._connected.measure()
+        return self._steps.call(self._connected.measure)
 
     def allocate(self, num_blocks: int) -> None:
         """The pool, and a first step through it. On several ranks: called on all of them at once."""
-        self._connected.allocate(num_blocks)
-        self._connected.warm_up()
+        self._steps.call(lambda: self._connected.allocate(num_blocks))
+        self._steps.call(self._connected.warm_up)
 
     def serve(self, host: str = "127.0.0.1", port: int = 0) -> str:
         """Starts answering; returns "host:port". Port 0: one that is free."""
-        self._service = WorkerService(self._connected)
+        self._service = WorkerService(self._connected, self._steps)
+        self._steps.be_quiet()
         server = grpc.server(
             ThreadPoolExecutor(THREADS, thread_name_prefix="worker-rpc"),
             interceptors=[TokenCheck(self._token)] if self._token else [],
@@ -226,7 +307,7 @@ class WorkerServer:
         self._health.enter_graceful_shutdown()
         if self._server is not None:
             self._server.stop(grace).wait()
-        self._tp.close()
+        self._steps.stop(self._tp.close)
 
     @property
     def _connected(self) -> Runner:

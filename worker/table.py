@@ -1,8 +1,8 @@
 """The rows of the sequences that run here: a cache of the controller's truth, changed by the differences in a plan.
 
 What kernels read lies on the device: token ids, which the device itself extends with what it samples, and block
-tables. What the host decides by lies in NumPy arrays beside it. Invariant: a plan is checked whole before any of it
-is applied, so a refused plan leaves no trace; work is proportional to what a plan changes.
+tables. What the host decides by lies in NumPy arrays beside it. Invariant: a refused plan leaves no trace; work is
+proportional to what a plan changes and to the rows that it names, never to the rows that there are.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from quire.kernels import dispatch
+from quire.kernels.step_inputs import RowTensors
 from quire.protos import worker_pb2
 from quire.worker.sampler import RowSettings, Sampler
 
@@ -56,6 +58,24 @@ class Work:
     sampling_rows: np.ndarray
     """[S] int64: the rows of these."""
 
+    is_decode: bool
+    """Every row computes one token and samples one more."""
+
+    writes: list[Write]
+    """What the plan brought that the device's rows have yet to be told, in no order: no two overlap."""
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """Values for one of the device's rows, on the host."""
+
+    in_blocks: bool
+    """Block ids; else token ids."""
+    row: int
+    column: int
+    values: np.ndarray
+    """[n] int32."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Admission:
@@ -65,32 +85,35 @@ class _Admission:
     settings: RowSettings
 
 
-@dataclass(frozen=True, slots=True)
-class _Change:
-    """A plan, checked: what to write where."""
-
-    counts: np.ndarray
-    retired: np.ndarray
-    admissions: list[_Admission]
-    extended: np.ndarray
-    """[3, k] int64: row, index in its table, block id."""
-    work: Work
-
-
 class RowTable:
     def __init__(self, size: TableSize, device: torch.device | str) -> None:
         self.size = size
         self.device = torch.device(device)
         # One column more than the longest sequence: where the token sampled after its last one goes.
-        self.token_ids = torch.zeros(size.num_rows, size.max_model_len + 1, dtype=torch.int32, device=device)
+        tokens = torch.zeros(size.num_rows, size.max_model_len + 1, dtype=torch.int32, device=device)
         self.host_blocks = np.zeros((size.num_rows, size.blocks_per_row), np.int32)
         """The block tables once more, for whoever decides on the host; on a CPU the very same memory."""
+        self.is_on_host = not dispatch.on_gpu(tokens)
         on_host = torch.from_numpy(self.host_blocks)
-        self.block_table = on_host if self.device.type == "cpu" else on_host.to(device)
-        self.sampler = Sampler(size.num_rows)
+        self.tensors = RowTensors(tokens, on_host if self.is_on_host else on_host.to(device, copy=True))
+        """What kernels read."""
+        self.sampler = Sampler(size.num_rows, size.vocab_size)
         self._counts = np.zeros((4, size.num_rows), np.int64)
         # Each [num_rows], and 0 where no sequence is.
         self.num_known, self.num_computed, self.num_prompt, self.num_blocks = self._counts
+        self._place = np.zeros(size.num_rows, np.int64)
+        self._index = np.arange(size.num_rows)
+        self._ones = np.ones(size.num_rows, np.int64)
+        self._last_rows = (b"", np.empty(0, np.int64))
+        """The rows that computed last, as they came and as they are: mostly they are the same again."""
+
+    @property
+    def token_ids(self) -> torch.Tensor:
+        return self.tensors.token_ids
+
+    @property
+    def block_table(self) -> torch.Tensor:
+        return self.tensors.block_tables
 
     def clear(self) -> None:
         """Empties every row."""
@@ -99,56 +122,65 @@ class RowTable:
 
     def apply(self, plan: worker_pb2.StepPlan) -> Work:
         """Changes the rows and says what they compute. Raises PlanError, and then nothing has changed."""
-        change = self._check(plan)
-        self.sampler.retire(change.retired.tolist())
-        for admission in change.admissions:
-            self._admit(admission)
-        if change.extended.size:
-            self.host_blocks[change.extended[0], change.extended[1]] = change.extended[2]
-            if self.device.type != "cpu":
-                rows, columns, blocks = self._upload(change.extended)
-                self.block_table.index_put_((rows, columns), blocks.int())
-        self._counts[:] = change.counts
-        return change.work
+        retired = _ints(plan.retire_rows)
+        extend_rows, extend_blocks = _ints(plan.extend_rows), _ints(plan.extend_blocks)
+        _check_ids(retired, self.size.num_rows, "row")
+        _check_ids(extend_rows, self.size.num_rows, "row")
+        touched = np.concatenate([retired, extend_rows]) if retired.size or extend_rows.size else retired
+        before = self._counts[:, touched]
+        admissions: list[_Admission] = []
+        try:
+            self._retire(retired)
+            for admit in plan.admits:
+                admissions.append(self._check_admission(admit))
+                self._counts[:, admit.row] = _counts_of(admit, admissions[-1])
+            columns = self._extend(extend_rows, extend_blocks)
+            writes: list[Write] = []
+            work = self._check_work(plan, writes)
+        except PlanError:
+            for admission in admissions:
+                self._counts[:, admission.row] = 0
+            self._counts[:, touched] = before
+            raise
+        self.sampler.retire(retired.tolist())
+        for admission in admissions:
+            self._admit(admission, writes)
+        if columns.size:
+            self.host_blocks[extend_rows, columns] = extend_blocks
+            if not self.is_on_host:
+                ends = zip(extend_rows.tolist(), columns.tolist(), extend_blocks.astype(np.int32)[:, None], strict=True)
+                writes += [Write(True, row, column, block) for row, column, block in ends]
+        return work
 
-    def advance(self, work: Work, tokens: torch.Tensor) -> None:
-        """The step has been computed and [S] int64 tokens were sampled."""
-        self._counts[COMPUTED, work.rows] += work.num_tokens
-        rows = work.sampling_rows
-        if rows.size:
-            at = self._upload(np.stack([rows, self.num_known[rows]]))
-            # -1 marks a token that could not be sampled; a step sent ahead may still look it up.
-            self.token_ids.index_put_((at[0], at[1]), tokens.clamp(min=0).int())
-            self._counts[KNOWN, rows] += 1
+    def advance(self, work: Work) -> None:
+        """The step has been issued: its tokens will have been sampled before anything reads them."""
+        if work.is_decode:
+            self.num_computed[work.rows] += 1
+            self.num_known[work.rows] += 1
+            return
+        self.num_computed[work.rows] += work.num_tokens
+        self.num_known[work.sampling_rows] += 1
 
-    def _admit(self, admission: _Admission) -> None:
+    def _admit(self, admission: _Admission, writes: list[Write]) -> None:
         row = admission.row
-        self.token_ids[row, : len(admission.token_ids)] = self._upload(admission.token_ids)
         self.host_blocks[row, : len(admission.block_ids)] = admission.block_ids
-        if self.device.type != "cpu":
-            self.block_table[row, : len(admission.block_ids)] = self._upload(admission.block_ids)
+        if self.is_on_host:
+            self.token_ids.numpy()[row, : len(admission.token_ids)] = admission.token_ids
+        else:
+            writes.append(Write(False, row, 0, admission.token_ids))
+            writes.append(Write(True, row, 0, admission.block_ids))
         self.sampler.admit(row, admission.settings)
 
-    def _check(self, plan: worker_pb2.StepPlan) -> _Change:
-        counts = self._counts.copy()
-        retired = self._check_retired(counts, plan)
-        admissions = [self._check_admission(counts, admit) for admit in plan.admits]
-        extended = self._check_extended(counts, plan)
-        return _Change(counts, retired, admissions, extended, self._check_work(counts, plan))
+    def _retire(self, rows: np.ndarray) -> None:
+        if rows.size:
+            self._check_occupied(rows, "retired")
+            self._check_once(rows, "retired")
+            self._counts[:, rows] = 0
 
-    def _check_retired(self, counts: np.ndarray, plan: worker_pb2.StepPlan) -> np.ndarray:
-        rows = _ints(plan.retire_rows)
-        if not rows.size:
-            return rows
-        self._check_occupied(counts, rows, "retired")
-        self._check_once(rows, "retired")
-        counts[:, rows] = 0
-        return rows
-
-    def _check_admission(self, counts: np.ndarray, admit: worker_pb2.Admit) -> _Admission:
+    def _check_admission(self, admit: worker_pb2.Admit) -> _Admission:
         row, size = admit.row, self.size
-        self._check_range(np.array([row]))
-        if counts[KNOWN, row]:
+        _check_ids(np.array([row]), size.num_rows, "row")
+        if self.num_known[row]:
             raise PlanError(f"row {row} is admitted but occupied; retire it first")
         tokens, blocks = _ints(admit.token_ids), _ints(admit.block_ids)
         known, prompt, computed = len(tokens), admit.num_prompt_tokens, admit.num_computed_tokens
@@ -166,63 +198,84 @@ class RowTable:
             settings = RowSettings.read(admit.sampling, size.vocab_size)
         except ValueError as error:
             raise PlanError(f"row {row}: {error}") from None
-        counts[:, row] = known, computed, prompt, len(blocks)
         return _Admission(row, tokens.astype(np.int32), blocks.astype(np.int32), settings)
 
-    def _check_extended(self, counts: np.ndarray, plan: worker_pb2.StepPlan) -> np.ndarray:
-        rows, blocks = _ints(plan.extend_rows), _ints(plan.extend_blocks)
+    def _extend(self, rows: np.ndarray, blocks: np.ndarray) -> np.ndarray:
+        """Counts the new blocks; returns the index of each in its row's table."""
         if len(rows) != len(blocks):
             raise PlanError(f"{len(rows)} extend_rows but {len(blocks)} extend_blocks")
         if not rows.size:
-            return np.empty((3, 0), np.int64)
-        self._check_occupied(counts, rows, "extended")
+            return rows
+        self._check_occupied(rows, "extended")
         _check_ids(blocks, self.size.num_blocks, "extend_blocks: block id")
-        columns = counts[BLOCKS, rows] + _occurrence(rows)
-        np.add.at(counts[BLOCKS], rows, 1)
-        over = counts[BLOCKS] > self.size.blocks_per_row
-        if over.any():
-            row = over.argmax()
-            raise PlanError(f"row {row} has {counts[BLOCKS, row]} blocks; {self.size.blocks_per_row} at most")
-        return np.stack([rows, columns, blocks])
+        columns: np.ndarray = self.num_blocks[rows]
+        if not self._are_different(rows):
+            columns += _occurrence(rows)
+        counts = columns + 1  # of equal rows the last one stays, which has the most
+        self.num_blocks[rows] = counts
+        if counts.max() > self.size.blocks_per_row:
+            row = rows[counts.argmax()]
+            raise PlanError(f"row {row} has {self.num_blocks[row]} blocks; {self.size.blocks_per_row} at most")
+        return columns
 
-    def _check_work(self, counts: np.ndarray, plan: worker_pb2.StepPlan) -> Work:
-        rows = _ints(plan.rows)
-        num_tokens = _ints(plan.num_tokens) if plan.num_tokens else np.ones(len(rows), np.int64)
+    def _check_work(self, plan: worker_pb2.StepPlan, writes: list[Write]) -> Work:
+        rows = self._rows_of(plan.rows)
+        is_single = not plan.num_tokens
+        num_tokens = self._ones[: len(rows)] if is_single else _ints(plan.num_tokens)
         if len(rows) != len(num_tokens):
             raise PlanError(f"{len(rows)} rows but {len(num_tokens)} num_tokens")
-        self._check_occupied(counts, rows, "computed")
-        self._check_once(rows, "computed")
-        known, starts, _, blocks = counts[:, rows]
+        known, starts, blocks = self.num_known[rows], self.num_computed[rows], self.num_blocks[rows]
+        if not known.all():
+            raise PlanError(f"row {rows[known.argmin()]} is computed but empty")
         ends = starts + num_tokens
-        wrong = (num_tokens < 1) | (ends > np.minimum(known, self.size.max_model_len))
-        wrong |= ends > blocks * self.size.block_size
+        wrong = (ends > np.minimum(known, self.size.max_model_len)) | (ends > blocks * self.size.block_size)
+        if not is_single:
+            wrong |= num_tokens < 1
         if wrong.any():
             i = wrong.argmax()
             raise PlanError(
                 f"row {rows[i]} computes {num_tokens[i]} tokens after {starts[i]}, with {known[i]} known, {blocks[i]} "
                 f"blocks of {self.size.block_size} and a longest sequence of {self.size.max_model_len}"
             )
-        if num_tokens.sum() > self.size.max_num_batched_tokens:
-            raise PlanError(f"a step of {num_tokens.sum()} tokens; {self.size.max_num_batched_tokens} at most")
-        sampling = np.flatnonzero(ends == known)
-        return Work(rows, num_tokens, starts, sampling, rows[sampling])
+        total = int(num_tokens.sum())
+        if total > self.size.max_num_batched_tokens:
+            raise PlanError(f"a step of {total} tokens; {self.size.max_num_batched_tokens} at most")
+        is_last = ends == known
+        if is_last.all():
+            return Work(rows, num_tokens, starts, self._index[: len(rows)], rows, total == len(rows), writes)
+        sampling = np.flatnonzero(is_last)
+        return Work(rows, num_tokens, starts, sampling, rows[sampling], False, writes)
 
-    def _check_occupied(self, counts: np.ndarray, rows: np.ndarray, verb: str) -> None:
-        self._check_range(rows)
-        empty = counts[KNOWN, rows] == 0
-        if empty.any():
-            raise PlanError(f"row {rows[empty.argmax()]} is {verb} but empty")
-
-    def _check_range(self, rows: np.ndarray) -> None:
+    def _rows_of(self, packed: bytes) -> np.ndarray:
+        """The rows that compute, in range and each once."""
+        if packed == self._last_rows[0]:
+            return self._last_rows[1]
+        rows = _ints(packed)
         _check_ids(rows, self.size.num_rows, "row")
+        self._check_once(rows, "computed")
+        self._last_rows = packed, rows
+        return rows
+
+    def _check_occupied(self, rows: np.ndarray, verb: str) -> None:
+        known = self.num_known[rows]
+        if not known.all():
+            raise PlanError(f"row {rows[known.argmin()]} is {verb} but empty")
+
+    def _are_different(self, rows: np.ndarray) -> bool:
+        index = self._index[: len(rows)]
+        if len(index) < len(rows):
+            return False
+        self._place[rows] = index  # of equal ones, one place stays
+        return bool((self._place[rows] == index).all())
 
     def _check_once(self, rows: np.ndarray, verb: str) -> None:
-        times = np.bincount(rows, minlength=1)
-        if times.max() > 1:
+        if not self._are_different(rows):
+            times = np.bincount(rows)
             raise PlanError(f"row {times.argmax()} is {verb} {times.max()} times in one step")
 
-    def _upload(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self.device, non_blocking=True)
+
+def _counts_of(admit: worker_pb2.Admit, admission: _Admission) -> tuple[int, int, int, int]:
+    return len(admission.token_ids), admit.num_computed_tokens, admit.num_prompt_tokens, len(admission.block_ids)
 
 
 def _ints(packed: bytes) -> np.ndarray:

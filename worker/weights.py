@@ -1,14 +1,15 @@
 """Filling a decoder: from safetensors, slice by slice, or with random numbers.
 
-Each tensor of the checkpoint's table is read as this rank's slice only, cast, and copied to its final place. Fused
-parameters (q, k, v; gate, up) are filled from the top in the table's order. A decoder leaves this file complete or
-not at all.
+Each tensor of the checkpoint's table is mapped, read as this rank's slice only, cast, and copied to its final place.
+Fused parameters (q, k, v; gate, up) are filled from the top in the table's order. A decoder leaves this file complete
+or not at all. To a GPU everything travels through two pinned buffers: one is filled while the other is on its way.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from math import prod
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from safetensors import safe_open
 
 from quire.worker.config import WorkerConfig
+from quire.worker.host import usable_cores
 from quire.worker.models.checkpoint import (
     HEAD,
     Group,
@@ -39,7 +41,9 @@ COMPARED_ROWS = 4096
 """Of an embedding and its copy at once."""
 DUMMY_STD = 0.02
 DUMMY_CHUNK = 1 << 20
-"""Elements that are drawn at once, a whole number of rows: the unit that a cut by rows can skip."""
+"""Elements that one core draws at once, a whole number of rows: the unit that a cut by rows can skip."""
+STAGING_BYTES = 32 << 20
+"""Of each of the two pinned buffers."""
 
 
 def load_model(config: WorkerConfig, spec: ModelSpec, tp: TensorParallel, progress: Progress | None = None) -> Decoder:
@@ -47,7 +51,7 @@ def load_model(config: WorkerConfig, spec: ModelSpec, tp: TensorParallel, progre
     spec.check_parallel(tp.size)
     dtype = getattr(torch, config.dtype)
     if config.load_format == "dummy":
-        stream = _dummy(spec, tp, config.seed)
+        stream = _dummy(spec, tp, config.seed, dtype)
     elif config.load_format == "auto":
         stream = _safetensors(config.model, spec, tp)
     else:
@@ -63,17 +67,54 @@ def load_model(config: WorkerConfig, spec: ModelSpec, tp: TensorParallel, progre
 def fill(model: Decoder, stream: Stream, progress: Callable[[int], None]) -> None:
     parameters = dict(model.named_parameters())
     rows = dict.fromkeys(parameters, 0)
+    copy = _copier(next(iter(parameters.values())).device)
     done = 0
     for tensor, data in stream:
         target, start = parameters[tensor.parameter], rows[tensor.parameter]
         part = target.data[start : start + len(data)]
         assert part.shape == data.shape, (tensor, part.shape, data.shape)
-        part.copy_(data)
+        copy(part, data)
         rows[tensor.parameter] += len(data)
         done += part.numel() * part.element_size()
         progress(done)
     missing = [name for name, parameter in parameters.items() if rows[name] != len(parameter)]
     assert not missing, f"not filled: {missing}"
+
+
+def _copier(device: torch.device) -> Callable[[torch.Tensor, torch.Tensor], object]:
+    """What copies host tensors into tensors on the device."""
+    if device.type == "cpu":
+        return torch.Tensor.copy_
+    return Staging(STAGING_BYTES, pinned=True).copy
+
+
+class Staging:
+    """Host tensors on their way to a device, through two buffers in turn."""
+
+    def __init__(self, num_bytes: int, pinned: bool) -> None:
+        """`pinned`: copies go on by themselves, and a buffer is taken again when its last one is over."""
+        self._buffers = [torch.empty(num_bytes, dtype=torch.uint8, pin_memory=pinned) for _ in range(2)]
+        self._over = [torch.cuda.Event() if pinned else None for _ in range(2)]
+        self._next = 0
+
+    def copy(self, target: torch.Tensor, data: torch.Tensor) -> None:
+        """`target` is contiguous, and of a type that `data` is cast to on the way."""
+        assert target.is_contiguous() and target.shape == data.shape, (target.shape, data.shape)
+        to, source = target.view(-1), data.reshape(-1)
+        room = len(self._buffers[0]) // to.element_size()
+        for start in range(0, len(to), room):
+            self._copy_part(to[start : start + room], source[start : start + room])
+
+    def _copy_part(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        buffer, over = self._buffers[self._next], self._over[self._next]
+        self._next = 1 - self._next
+        if over is not None:
+            over.synchronize()
+        staged = buffer[: target.numel() * target.element_size()].view(target.dtype)
+        staged.copy_(source)
+        target.copy_(staged, non_blocking=True)
+        if over is not None:
+            over.record()
 
 
 def _safetensors(folder: str, spec: ModelSpec, tp: TensorParallel) -> Stream:
@@ -105,24 +146,32 @@ def _equal(data: torch.Tensor, stored: Any, first: int) -> bool:
     return True
 
 
-def _dummy(spec: ModelSpec, tp: TensorParallel, seed: int) -> Stream:
+def _dummy(spec: ModelSpec, tp: TensorParallel, seed: int, dtype: torch.dtype) -> Stream:
     for tensor in tensors(spec):
-        yield tensor, dummy_tensor(tensor, seed, bounds(tensor, spec, tp.rank, tp.size))
+        yield tensor, dummy_tensor(tensor, seed, bounds(tensor, spec, tp.rank, tp.size), dtype)
 
 
-def dummy_tensor(tensor: TensorSpec, seed: int, cut: tuple[tuple[int, int], ...]) -> torch.Tensor:
+def dummy_tensor(
+    tensor: TensorSpec, seed: int, cut: tuple[tuple[int, int], ...], dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     """The cut of a random normal tensor that is a function of (seed, name, full shape): norms around 1, everything
     else around 0."""
     (start, stop), inner = cut[0], tuple(slice(*bound) for bound in cut[1:])
     rows = max(1, DUMMY_CHUNK // prod(tensor.shape[1:]))
-    pieces = []
-    for first in range(start // rows * rows, stop, rows):
+    mean = 1 if tensor.group is Group.NORMS and tensor.name.endswith(".weight") else 0
+    data = torch.empty((stop - start, *(last - first for first, last in cut[1:])), dtype=dtype)
+
+    def draw(first: int) -> None:
         last = min(first + rows, tensor.shape[0])
         key = f"{seed}/{tensor.name}/{tensor.shape}/{first}".encode()
         chunk_seed = int.from_bytes(hashlib.sha256(key).digest()[:8], "little", signed=True)
         generator = torch.Generator().manual_seed(chunk_seed)
-        chunk = torch.randn((last - first, *tensor.shape[1:]), generator=generator) * DUMMY_STD
-        pieces.append(chunk[(slice(max(start - first, 0), stop - first), *inner)])
-    data = torch.cat(pieces)
-    is_scale = tensor.group is Group.NORMS and tensor.name.endswith(".weight")
-    return data + 1 if is_scale else data
+        chunk = torch.randn((last - first, *tensor.shape[1:]), generator=generator).mul_(DUMMY_STD).add_(mean)
+        kept = slice(max(start, first), min(stop, last))
+        data[kept.start - start : kept.stop - start] = chunk[(slice(kept.start - first, kept.stop - first), *inner)]
+
+    # Drawing is one core's work for each generator, and lets others run.
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        for _ in pool.map(draw, range(start // rows * rows, stop, rows)):
+            pass
+    return data

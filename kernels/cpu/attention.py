@@ -1,7 +1,7 @@
 """Paged attention on a CPU, and in plain torch wherever nothing better can be built.
 
-Rows with one new token (decode) are computed together, compiled where possible; rows with more (prefill, whole or in
-chunks) one by one.
+Rows with one new token (decode) are computed together, and rows with more (prefill, whole or in chunks) likewise, by
+compiled loops; where those cannot be had, the latter one by one.
 """
 
 from __future__ import annotations
@@ -68,7 +68,15 @@ def paged_attention(
         index = torch.from_numpy(decode).to(q.device)
         single = torch.from_numpy(starts[decode].astype(np.int64)).to(q.device)
         out[single] = _decode(q[single], kv_layer, tables[index], seq_lens[decode], options, deterministic=False)
-    for row in np.flatnonzero(lengths > 1):
+    many = np.flatnonzero(lengths > 1)
+    if (compiled := _compiled(q, options)) is not None:
+        index = torch.from_numpy(many).to(q.device)
+        compiled.prefill(
+            q.contiguous(), kv_layer, tables[index], starts[many], lengths[many], seq_lens[many],
+            options.scale, options.window, options.kv_scales, out,
+        )  # fmt: skip
+        return out
+    for row in many:
         tokens = slice(int(starts[row]), int(starts[row + 1]))
         out[tokens] = _prefill(q[tokens], kv_layer, tables[row], int(seq_lens[row]), options)
     return out
@@ -146,9 +154,8 @@ def _decode(
     options: Options,
     deterministic: bool,
 ) -> torch.Tensor:  # [B, Hq, D]
-    compiled = _compiled_decode() if q.device.type == "cpu" and options.slopes is None else None
-    if compiled is not None:
-        return compiled(q, kv_layer, block_tables, seq_lens, options.scale, options.window, options.kv_scales)
+    if (compiled := _compiled(q, options)) is not None:
+        return compiled.decode(q, kv_layer, block_tables, seq_lens, options.scale, options.window, options.kv_scales)
     if not deterministic:
         return decode_gathered(q, kv_layer, block_tables, seq_lens, options)
     # Shapes and the number of threads decide how torch sums: a row alone has the same shapes in every batch.
@@ -164,17 +171,31 @@ def _decode(
     return out
 
 
-@functools.cache
-def _compiled_decode() -> Callable[..., torch.Tensor] | None:
-    """The compiled form, imported at first use; None where this machine cannot build it."""
-    try:
-        from quire.kernels.cpu import decode
+class _Loops(NamedTuple):
+    decode: Callable[..., torch.Tensor]
+    prefill: Callable[..., None]
 
-        decode.check()
+
+def _compiled(q: torch.Tensor, options: Options) -> _Loops | None:
+    """The compiled loops where they apply: they know no ALiBi, and take heads in pairs of vectors."""
+    if q.device.type != "cpu" or options.slopes is not None or q.shape[-1] % 2:
+        return None
+    return _compiled_loops()
+
+
+@functools.cache
+def _compiled_loops() -> _Loops | None:
+    """Imported at first use; None where this machine cannot build them."""
+    try:
+        from quire.kernels.cpu import threads
+        from quire.kernels.cpu.decode import decode
+        from quire.kernels.cpu.prefill import prefill
+
+        threads.check()
     except (ImportError, OSError, AttributeError, RuntimeError) as error:
         logger.warning("paged attention runs uncompiled, several times slower: %s", error)
         return None
-    return decode.decode
+    return _Loops(decode, prefill)
 
 
 def decode_gathered(

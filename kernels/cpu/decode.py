@@ -1,12 +1,9 @@
-"""The decode form of paged attention on a CPU: a compiled loop that reads each block once, in the order in which it
-lies in memory, with an online softmax.
+"""Paged attention of single queries on a CPU: a compiled loop that reads each block once, with an online softmax.
 
-A row's context is cut at fixed positions into splits of SPLIT tokens, which are shared out among the threads and merged
-afterwards. The cuts depend on nothing but the position, so a row's result depends neither on the batch nor on the
-number of threads.
-
-The threads are those of torch's own OpenMP pool. numba's would be a second pool, and each would spin on the other's
-cores between its turns. Compilation happens at the first use of an element type and is cached on disk where possible.
+A row's context is cut at fixed positions into splits of SPLIT tokens; (split, head) pairs are shared out among the
+threads, and the splits of a row merged afterwards. The cuts depend on nothing but the position, so a row's result
+depends neither on the batch nor on the number of threads. Compiled at the first use of a head size and element type,
+and cached on disk where possible.
 """
 
 # mypy: disable-error-code="call-arg, attr-defined, unreachable, import-untyped"
@@ -14,224 +11,135 @@ cores between its turns. Compilation happens at the first use of an element type
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import math
-from pathlib import Path
-from typing import Any
 
-import llvmlite.binding
-import numba
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import carray, types
-from numba.extending import intrinsic
+from numba import carray, njit
+
+from quire.kernels.cpu import threads
+from quire.kernels.cpu.threads import pointer, thread
+from quire.kernels.cpu.threads import threads as num_threads
+from quire.kernels.cpu.tile import MAX_TILE, TOTALS, attend_tile, clear, finish_head, state_size, total_weight
+from quire.kernels.cpu.vector import BYTES, KINDS, LOG2E, WIDENED
 
 SPLIT = 256
-FASTMATH = {"reassoc", "contract", "arcp", "nsz"}
-RAW = {torch.float32: np.float32, torch.bfloat16: np.uint16, torch.float16: np.int16, torch.float8_e4m3fn: np.uint8}
-"""Elements of a pool. numba has no small floats: their patterns travel as integers, whose type says which they are."""
-
-WIDENED = {torch.float8_e4m3fn: 256.0}
-"""What `_widen` makes of an element, times this, is its value; 1 where not listed."""
 
 
-@intrinsic
-def _widen(typing_context: Any, x: Any) -> Any:  # noqa: ARG001
-    """An element of the pool as float32."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:  # noqa: ARG001
-        (value,) = arguments
-        if x == types.uint16:
-            pattern = builder.shl(builder.zext(value, ir.IntType(32)), ir.IntType(32)(16))
-            return builder.bitcast(pattern, ir.FloatType())
-        if x == types.int16:
-            return builder.fpext(builder.bitcast(value, ir.HalfType()), ir.FloatType())
-        if x == types.uint8:
-            # e4m3's bits, moved, are those of a float16 2^8 times smaller; between them stays a copy of the sign.
-            word = ir.IntType(16)
-            moved = builder.and_(builder.shl(builder.sext(value, word), word(7)), word(0xBFFF))
-            return builder.fpext(builder.bitcast(moved, ir.HalfType()), ir.FloatType())
-        return value
-
-    return types.float32(x), generate
-
-
-@intrinsic
-def _power_of_two(typing_context: Any, exponent: Any) -> Any:  # noqa: ARG001
-    """2.0 ** exponent as float32, from the bit pattern; exponent is an int32 from -126 to 127."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:  # noqa: ARG001
-        (value,) = arguments
-        pattern = builder.shl(builder.add(value, ir.IntType(32)(127)), ir.IntType(32)(23))
-        return builder.bitcast(pattern, ir.FloatType())
-
-    return types.float32(types.int32), generate
-
-
-@intrinsic
-def _pointer(typing_context: Any, address: Any) -> Any:  # noqa: ARG001
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:  # noqa: ARG001
-        return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
-
-    return types.voidptr(types.int64), generate
-
-
-_thread = types.ExternalFunction("omp_get_thread_num", types.int32())
-_threads = types.ExternalFunction("omp_get_num_threads", types.int32())
-
-
-@numba.njit(fastmath=FASTMATH)
-def _exp(x):  # type: ignore[no-untyped-def]
-    """e ** x for x <= 0 in float32; libm's would not be vectorised."""
-    y = max(x * np.float32(math.log2(math.e)), np.float32(-126))
-    whole = math.floor(y)
-    f = (y - np.float32(whole)) * np.float32(math.log(2))
-    p = np.float32(1 / 5040)
-    p = p * f + np.float32(1 / 720)
-    p = p * f + np.float32(1 / 120)
-    p = p * f + np.float32(1 / 24)
-    p = p * f + np.float32(1 / 6)
-    p = p * f + np.float32(0.5)
-    p = p * f + np.float32(1)
-    p = p * f + np.float32(1)
-    return p * _power_of_two(np.int32(whole))
-
-
-@numba.njit(fastmath=FASTMATH)
-def _score(q, pool, at, strides, kv_heads, start, stop, scores):  # type: ignore[no-untyped-def]
-    """Products of q [Hq, D] with the keys of one block's tokens start <= t < stop, into scores [Hq, block]."""
-    heads, size = q.shape
-    group = heads // kv_heads
-    for t in range(start, stop):
-        for h in range(kv_heads):
-            first = at + t * strides[2] + h * strides[3]
-            key = pool[first : first + size]
-            for head in range(h * group, (h + 1) * group):
-                query = q[head]
-                score = np.float32(0)
-                for d in range(size):
-                    score += query[d] * _widen(key[d])
-                scores[head, t] = score
-
-
-@numba.njit(fastmath=FASTMATH)
-def _weigh(scores, start, stop, acc, top, total):  # type: ignore[no-untyped-def]
-    """Turns the scores of tokens start <= t < stop into weights exp(score - top), after raising top to the highest of
-    them and shrinking what was summed before."""
-    for head in range(len(scores)):
-        row = scores[head, start:stop]
-        highest = top[head]
-        for t in range(len(row)):
-            highest = max(highest, row[t])
-        weights = np.float32(0)
-        for t in range(len(row)):
-            row[t] = _exp(row[t] - highest)
-            weights += row[t]
-        if highest > top[head]:
-            shrink = _exp(top[head] - highest)
-            top[head] = highest
-            total[head] *= shrink
-            for d in range(acc.shape[1]):
-                acc[head, d] *= shrink
-        total[head] += weights
-
-
-@numba.njit(fastmath=FASTMATH)
-def _add_values(weights, pool, at, strides, kv_heads, start, stop, acc):  # type: ignore[no-untyped-def]
-    """Adds the values of one block's tokens start <= t < stop, weighted, to acc [Hq, D]."""
-    heads, size = acc.shape
-    group = heads // kv_heads
-    for t in range(start, stop):
-        for h in range(kv_heads):
-            first = at + t * strides[2] + h * strides[3]
-            value = pool[first : first + size]
-            for head in range(h * group, (h + 1) * group):
-                weight = weights[head, t]
-                sums = acc[head]
-                for d in range(size):
-                    sums[d] += weight * _widen(value[d])
-
-
-@numba.njit(fastmath=FASTMATH)
-def _attend(q, pool, strides, kv_heads, table, first, last, scores, acc, top, total):  # type: ignore[no-untyped-def]
-    """Positions first <= p < last of one row: acc [Hq, D] becomes the sum of the values weighted by exp(score - top),
-    total [Hq] the sum of the weights. Scratch: scores [Hq, block]."""
-    block_size = scores.shape[1]
-    acc[:] = 0
-    top[:] = -np.inf
-    total[:] = 0
-    position = first
-    while position < last:
-        start = position % block_size
-        stop = min(block_size, start + last - position)
-        block = table[position // block_size] * strides[0]
-        _score(q, pool, block, strides, kv_heads, start, stop, scores)
-        _weigh(scores, start, stop, acc, top, total)
-        _add_values(scores, pool, block + strides[1], strides, kv_heads, start, stop, acc)
-        position += stop - start
+@njit
+def _merge(states, first, count, size):  # type: ignore[no-untyped-def]
+    """One head's states [n, size + ...] of a row's splits into the first of them; returns the sum of all weights."""
+    top = np.float32(-np.inf)
+    for s in range(first, first + count):
+        top = max(top, states[s, size + TOTALS])
+    everything = np.float32(0)
+    for s in range(first, first + count):
+        weight = np.float32(1)
+        if count > 1:
+            weight = np.float32(2) ** (states[s, size + TOTALS] - top)
+        everything += total_weight(states[s], size) * weight
+        if count > 1:
+            for d in range(size):
+                value = states[s, d] * weight
+                states[first, d] = value if s == first else states[first, d] + value
+    return everything
 
 
 @functools.cache
-def _region(dtype: torch.dtype) -> Any:
-    """The body of the parallel region, run by every thread on the same argument block (see `decode`)."""
-    element = RAW[dtype]
+def _attend_region(size: int, tile: int, q_kind: int, kv_kind: int) -> int:
+    """Every split's and head's state. Cached on disk by what the body closes over: numbers alone."""
+    version, floats, q_bytes = threads.version(), state_size(size), BYTES[q_kind]
 
-    def body(address):  # type: ignore[no-untyped-def]
-        arguments = carray(address, (18,), np.int64)
-        rows, heads, size, kv_heads, block_size, table_stride, window = arguments[:7]
-        strides = arguments[7:11]
-        q = carray(_pointer(arguments[11]), (rows, heads, size), np.float32)
-        pool = carray(_pointer(arguments[12]), (1 << 60,), element)
-        tables = carray(_pointer(arguments[13]), (rows * table_stride,), np.int32)
-        lengths = carray(_pointer(arguments[14]), (rows,), np.int32)
-        out = carray(_pointer(arguments[15]), (arguments[17], heads, size), np.float32)
-        sums = carray(_pointer(arguments[16]), (arguments[17], 2, heads), np.float32)
+    def attend(address):  # type: ignore[no-untyped-def]
+        if version == 0:
+            return
+        a = carray(pointer(address), (20,), np.int64)
+        num_rows, heads, kv_heads, block_size, window = a[0], a[1], a[2], a[3], a[4]
+        of_block, of_half, of_token, of_head = a[5], a[6], a[7], a[8]
+        q, pool = a[9], a[10]
+        tables = carray(pointer(a[11]), (num_rows * a[12],), np.int32)
+        lengths = carray(pointer(a[13]), (num_rows,), np.int32)
+        scales = carray(pointer(a[14]), (heads,), np.float32)
+        states = carray(pointer(a[15]), (a[16] * heads, floats), np.float32)
+        group = heads // kv_heads
         everything = np.int64(0)
-        for row in range(rows):
-            everything += min(lengths[row], window)
-        scores = np.empty((heads, block_size), np.float32)
+        for row in range(num_rows):
+            everything += min(np.int64(lengths[row]), window) * kv_heads
+        low = everything * thread() // num_threads()
+        high = everything * (thread() + 1) // num_threads()
         before = np.int64(0)
-        split = 0
-        for row in range(rows):
-            stop = np.int64(lengths[row])
-            first = max(np.int64(0), stop - window)
-            table = tables[row * table_stride :]
-            while first < stop:
-                last = min(stop, (first // SPLIT + 1) * SPLIT)
-                if before * _threads() // everything == _thread():
-                    _attend(
-                        q[row], pool, strides, kv_heads, table, first, last, scores,
-                        out[split], sums[split, 0], sums[split, 1],
-                    )  # fmt: skip
-                before += last - first
+        split = np.int64(0)
+        for row in range(num_rows):
+            length = np.int64(lengths[row])
+            first = max(np.int64(0), length - window)
+            while first < length:
+                last = min(length, (first // SPLIT + 1) * SPLIT)
+                cost = last - first
+                # A head is this thread's where its work begins within the thread's part of all work.
+                begin = min(max((low - before + cost - 1) // cost, np.int64(0)), kv_heads)
+                end = min(max((high - before + cost - 1) // cost, np.int64(0)), kv_heads)
+                before += cost * kv_heads
+                if begin < end:
+                    for head in range(begin * group, end * group):
+                        clear(states[split * heads + head], size)
+                    position = first
+                    while position < last:
+                        inside = position % block_size
+                        start = inside % tile
+                        stop = min(np.int64(tile), start + last - position)
+                        block = np.int64(tables[row * a[12] + position // block_size])
+                        at = pool + block * of_block + (inside - start) * of_token
+                        after = position + stop - start
+                        following = at
+                        if after < last:
+                            block = np.int64(tables[row * a[12] + after // block_size])
+                            following = pool + block * of_block + (after % block_size) * of_token
+                        for kv_head in range(begin, end):
+                            key = at + kv_head * of_head
+                            for head in range(kv_head * group, (kv_head + 1) * group):
+                                attend_tile(
+                                    size, tile, q_kind, kv_kind,
+                                    q + (row * heads + head) * size * q_bytes, scales[head],
+                                    key, key + of_half, of_token, np.int32(start), np.int32(stop),
+                                    following + kv_head * of_head,
+                                    a[15] + (split * heads + head) * floats * 4,
+                                )  # fmt: skip
+                        position = after
                 first = last
                 split += 1
 
-    signature = types.void(types.voidptr)
-    try:
-        return numba.cfunc(signature, cache=True, fastmath=FASTMATH)(body)
-    except RuntimeError:  # there is no folder where numba could keep a cache
-        return numba.cfunc(signature, fastmath=FASTMATH)(body)
+    return threads.region(attend)
 
 
 @functools.cache
-def _parallel() -> Any:
-    """The entry of torch's OpenMP runtime, whichever it is; GNU's entry points are the ones that all of them have."""
-    torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-    for name in ("omp_get_thread_num", "omp_get_num_threads"):
-        address = ctypes.cast(torch_cpu[name], ctypes.c_void_p).value
-        llvmlite.binding.add_symbol(name, address)
-    function = torch_cpu["GOMP_parallel"]
-    function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
-    function.restype = None
-    return function
+def _finish_region(size: int, q_kind: int, kv_kind: int) -> int:
+    """From the states to the rows' results."""
+    version, floats, q_bytes = threads.version(), state_size(size), BYTES[q_kind]
 
+    def finish(address):  # type: ignore[no-untyped-def]
+        if version == 0:
+            return
+        a = carray(pointer(address), (20,), np.int64)
+        num_rows, heads, window, out = a[0], a[1], a[4], a[17]
+        lengths = carray(pointer(a[13]), (num_rows,), np.int32)
+        factors = carray(pointer(a[18]), (heads,), np.float32)
+        flat = carray(pointer(a[15]), (a[16], heads, floats), np.float32)
+        split = np.int64(0)
+        for row in range(num_rows):
+            length = np.int64(lengths[row])
+            first = max(np.int64(0), length - window)
+            count = (length - 1) // SPLIT - first // SPLIT + 1
+            if row % num_threads() == thread():
+                for head in range(heads):
+                    total = _merge(flat[:, head], split, count, size)
+                    finish_head(
+                        size, q_kind, kv_kind, a[15] + (split * heads + head) * floats * 4,
+                        factors[head] / total, out + (row * heads + head) * size * q_bytes,
+                    )  # fmt: skip
+            split += count
 
-def check() -> None:
-    """Raises if torch's OpenMP has no entry for us (OSError, AttributeError)."""
-    _parallel()
+    return threads.region(finish)
 
 
 def decode(
@@ -245,46 +153,36 @@ def decode(
 ) -> torch.Tensor:  # [B, Hq, D]
     assert kv_layer.stride(-1) == 1
     assert block_tables.dtype == torch.int32 and block_tables.stride(1) == 1
-    rows, heads, size = q.shape
+    num_rows, heads, size = q.shape
+    block_size, kv_heads = kv_layer.shape[2:4]
+    q = q.contiguous()
     lengths = np.ascontiguousarray(seq_lens, np.int32)
     visible = int(lengths.max()) if window is None else window
     first = np.maximum(lengths - visible, 0)
-    counts = (lengths - 1) // SPLIT - first // SPLIT + 1
-    num_splits = int(counts.sum())
-    of_k: torch.Tensor | float
-    of_v: torch.Tensor | float
-    of_k = of_v = WIDENED.get(kv_layer.dtype, 1.0)
-    if kv_scales is not None:
-        of_k, of_v = kv_scales.repeat_interleave(heads // kv_layer.shape[3], 1)[..., None] * of_k
-    scaled = (q.float() * (scale * of_k)).contiguous()
-    out = torch.empty((num_splits, heads, size))
-    sums = torch.empty((num_splits, 2, heads))
-    parallel = _parallel()
+    num_splits = int(((lengths - 1) // SPLIT - first // SPLIT + 1).sum())
+    q_kind, kv_kind = KINDS[q.dtype], KINDS[kv_layer.dtype]
+    factors = head_factors(heads, scale * LOG2E, WIDENED.get(kv_kind, 1.0), kv_scales)
+    out = torch.empty_like(q)
+    states = torch.empty((num_splits, heads, state_size(size)))
+    element = BYTES[kv_kind]
     arguments = np.array(
         [
-            rows, heads, size, kv_layer.shape[3], kv_layer.shape[2], block_tables.stride(0), visible,
-            *kv_layer.stride()[:4],
-            scaled.data_ptr(), kv_layer.data_ptr(), block_tables.data_ptr(), lengths.ctypes.data, out.data_ptr(),
-            sums.data_ptr(), num_splits,
+            num_rows, heads, kv_heads, block_size, visible,
+            *(stride * element for stride in kv_layer.stride()[:4]),
+            q.data_ptr(), kv_layer.data_ptr(), block_tables.data_ptr(), block_tables.stride(0), lengths.ctypes.data,
+            factors.ctypes.data, states.data_ptr(), num_splits, out.data_ptr(), factors.ctypes.data + 4 * heads, 0,
         ],
         np.int64,
     )  # fmt: skip
-    parallel(_region(kv_layer.dtype).address, arguments.ctypes.data, torch.get_num_threads(), 0)
-    merged = _merge(out, sums, counts)
-    if isinstance(of_v, torch.Tensor) or of_v != 1.0:
-        merged *= of_v
-    return merged.to(q.dtype)
+    threads.run(_attend_region(size, math.gcd(block_size, MAX_TILE), q_kind, kv_kind), arguments)
+    threads.run(_finish_region(size, q_kind, kv_kind), arguments)
+    return out
 
 
-def _merge(out: torch.Tensor, sums: torch.Tensor, counts: np.ndarray) -> torch.Tensor:
-    """[n, Hq, D] and [n, 2, Hq] of the splits -> [B, Hq, D] of the rows."""
-    top, total = sums.unbind(1)
-    if len(out) == len(counts):
-        return out.div_(total[..., None])
-    rows = torch.from_numpy(np.repeat(np.arange(len(counts)), counts))
-    index = rows[:, None].expand_as(top)
-    highest = torch.full((len(counts), top.shape[1]), -torch.inf).scatter_reduce_(0, index, top, "amax")
-    weight = (top - highest[rows]).exp_()
-    shape = (len(counts), *out.shape[1:])
-    merged = torch.zeros(shape).index_add_(0, rows, out * weight[..., None])
-    return merged / torch.zeros_like(highest).index_add_(0, rows, total * weight)[..., None]
+def head_factors(heads: int, scale: float, widened: float, kv_scales: torch.Tensor | None) -> np.ndarray:
+    """[2, Hq] float32: what scores and what values are multiplied with."""
+    factors = np.empty((2, heads), np.float32)
+    factors[0], factors[1] = scale * widened, widened
+    if kv_scales is not None:
+        factors *= kv_scales.float().numpy().repeat(heads // kv_scales.shape[1], 1)
+    return factors

@@ -101,7 +101,7 @@ def agreeing_sizes(
     dtype: torch.dtype,
     packed: bool,
     biased: bool,
-    threads: int,  # noqa: ARG001  as many as torch has now; by it results are kept
+    threads: int,
 ) -> tuple[int, ...]:
     """Of `SIZES`, those that on so many threads sum every row as two rows on one thread are summed; none if already
     those two differ. A tenth of a second for a weight of four million elements."""

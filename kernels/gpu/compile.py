@@ -41,7 +41,8 @@ from triton.compiler import ASTSource
 from quire.kernels.gpu.device import DEVICES, Device, Variant
 
 MODULES = tuple(
-    f"quire.kernels.gpu.{name}" for name in ("attention", "activation", "blocks", "linear", "norm", "qkv", "sampling")
+    f"quire.kernels.gpu.{name}"
+    for name in ("attention", "activation", "blocks", "linear", "norm", "qkv", "sampling", "step_inputs")
 )
 PROCESSES = 2
 

@@ -39,6 +39,8 @@ other, nearly a millisecond together.
 # mypy: disable-error-code="no-untyped-def, misc, untyped-decorator"
 # Kernels are typed by what they are launched with.
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 import triton
@@ -566,16 +568,51 @@ def sample(
     columns: twin.Columns,
     entries: twin.Entries | None = None,
     penalties: twin.Penalties | None = None,
+    prepared: twin.Prepared | None = None,
 ) -> torch.Tensor:  # [S] int64
-    parts = [_settings(columns, logits.shape[1])]
+    if prepared is None:
+        parts = _words(columns, entries, penalties, logits.shape[1])
+        prepared = _prepared(parts, _upload(parts, logits.device), entries, penalties)
+    if prepared.entries is not None:
+        _add_entries(logits, prepared.entries)
+    if penalties is not None and prepared.penalties is not None:
+        _penalize(logits, penalties.tokens, prepared.penalties)
+    return _pick(logits, prepared.settings, prepared.kinds)
+
+
+def prepare(
+    columns: twin.Columns,
+    entries: twin.Entries | None,
+    penalties: twin.Penalties | None,
+    vocab_size: int,
+    place: Callable[[np.ndarray], torch.Tensor],
+) -> twin.Prepared:
+    parts = _words(columns, entries, penalties, vocab_size)
+    return _prepared(parts, [place(part) for part in parts], entries, penalties)
+
+
+def _prepared(
+    parts: list[np.ndarray],
+    there: list[torch.Tensor],
+    entries: twin.Entries | None,
+    penalties: twin.Penalties | None,
+) -> twin.Prepared:
+    return twin.Prepared(
+        settings=there[0],
+        kinds=parts[0][:, 0],
+        entries=None if entries is None else there[1],
+        penalties=None if penalties is None else there[-1],
+    )
+
+
+def _words(
+    columns: twin.Columns, entries: twin.Entries | None, penalties: twin.Penalties | None, vocab_size: int
+) -> list[np.ndarray]:
+    """int32: what kernels read, entries and penalties where there are any."""
+    parts = [_settings(columns, vocab_size)]
     parts += [] if entries is None else [_entry_words(entries)]
     parts += [] if penalties is None else [_penalty_words(penalties)]
-    settings, *rest = _upload(parts, logits.device)
-    if entries is not None:
-        _add_entries(logits, rest.pop(0))
-    if penalties is not None:
-        _penalize(logits, penalties.tokens, rest.pop(0))
-    return _pick(logits, settings, parts[0][:, 0])
+    return parts
 
 
 def add_entries(logits: torch.Tensor, entries: twin.Entries) -> None:

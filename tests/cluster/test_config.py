@@ -103,6 +103,13 @@ def test_workers_get_equal_settings_but_for_the_rank(model: str) -> None:
     assert (first.kv_cache_memory_bytes, first.load_format, first.max_model_len) == (1 << 20, "dummy", 4096)
 
 
+def test_graphs_and_depth_reach_those_who_need_them(model: str) -> None:
+    engine = resolve(on_cpu(model))
+    assert not engine.worker_config(0).enforce_eager and engine.run_ahead == 1
+    engine = resolve(on_cpu(model, enforce_eager=True, run_ahead=3))
+    assert engine.worker_config(0).enforce_eager and engine.run_ahead == 3
+
+
 def test_limits_info_and_names(model: str) -> None:
     engine = resolve(on_cpu(model))
     assert (engine.limits.vocab_size, engine.limits.max_model_len, engine.limits.eos_token_ids) == (1000, 4096, (2,))
@@ -125,6 +132,7 @@ def test_limits_info_and_names(model: str) -> None:
         ({"max_num_batched_tokens": -1}, "--max-num-batched-tokens must be at least 1"),
         ({"kv_cache_memory_bytes": 0}, "--kv-cache-memory-bytes must be at least 1"),
         ({"max_num_waiting": -1}, "--max-num-waiting"),
+        ({"run_ahead": -1}, "--run-ahead must be 0, one step at a time, or more, not -1"),
         ({"block_size": 0}, "--block-size must be a power of two"),
         ({"block_size": 12}, "--block-size must be a power of two"),
         ({"block_size": 2048}, "--block-size must be a power of two from 1 to 1024"),

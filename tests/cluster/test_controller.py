@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import socket
 import threading
+import weakref
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -124,6 +126,38 @@ def test_streams_bring_exactly_the_tokens_that_the_prompts_call_for():
             assert load.blocks_free == load.blocks_total == 64 and not load.open_requests
 
     asyncio.run(scenario())
+
+
+def test_a_step_is_handed_over_in_one_call_and_the_collector_waits_for_idle_moments():
+    async def scenario() -> None:
+        async with serving() as (controller, executor, stub):
+            handed_over, post = [], controller._post
+            controller._post = lambda *call: (handed_over.append(call[1:]), post(*call))
+            calls = [generate(stub, [i], max_tokens=20) for i in range(20)]
+            readers = [asyncio.ensure_future(read_all(call)) for call in calls]
+            await until(lambda: open_streams_are(controller, 20))
+            assert not gc.isenabled()
+            knot = weakref.ref(Knot())
+            executor.run_freely()
+            assert sum(map(len, await asyncio.gather(*readers))) == 20 * 20
+            load = await load_of(stub)
+            assert len(handed_over) <= load.num_steps < 60
+            assert sum(len(events) for (events,) in handed_over) == 20 * 20
+            await until(lambda: is_gone(knot))
+        assert gc.isenabled()
+
+    asyncio.run(scenario())
+
+
+class Knot:
+    """Garbage that only the collector can find."""
+
+    def __init__(self) -> None:
+        self.me = self
+
+
+async def is_gone(reference: weakref.ref[Any]) -> bool:
+    return reference() is None
 
 
 @pytest.mark.parametrize("how", ["cancelled", "deadline"])

@@ -32,6 +32,7 @@ from quire.cluster.llm import LLM, CompletionOutput, Prompt, RequestOutput, Samp
 from quire.protos import worker_pb2
 from quire.scheduler.plan import StepPlan, StepResult, TokenEvent
 from quire.worker.config import WorkerConfig
+from quire.worker.runner import Pending
 
 MAX_MODEL_LEN = 96
 NUM_TOKENS = 24
@@ -625,7 +626,7 @@ def test_after_an_interrupt_the_next_call_starts_afresh(
 
 def _interrupt(llm: LLM, reference: Reference, before: bool, mid_step: bool = False) -> None:
     """In the fifth step of a call."""
-    step, submit, run = llm.scheduler.counters.num_steps + 5, llm._executor.submit, llm._executor._runner.run
+    step, submit, launch = llm.scheduler.counters.num_steps + 5, llm._executor.submit, llm._executor._runner.launch
 
     def interrupted_submit(plan: StepPlan) -> None:
         if plan.step != step or not before:
@@ -633,15 +634,15 @@ def _interrupt(llm: LLM, reference: Reference, before: bool, mid_step: bool = Fa
         if plan.step == step:
             raise KeyboardInterrupt
 
-    def interrupted_run(plan: worker_pb2.StepPlan) -> worker_pb2.StepReport:
-        report = run(plan)
+    def interrupted_launch(plan: worker_pb2.StepPlan) -> Pending:
+        pending = launch(plan)
         if plan.step == step:
             raise KeyboardInterrupt
-        return report
+        return pending
 
     with pytest.MonkeyPatch.context() as patch:
         if mid_step:
-            patch.setattr(llm._executor._runner, "run", interrupted_run)
+            patch.setattr(llm._executor._runner, "launch", interrupted_launch)
         else:
             patch.setattr(llm._executor, "submit", interrupted_submit)
         with pytest.raises(KeyboardInterrupt):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -154,6 +155,12 @@ def test_a_reader_that_stops_reading_does_not_slow_the_others(client):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert [collect_rest(call) for call in stalled] == [900] * 4
+
+
+def test_workers_do_not_yield_to_other_processes(replica):
+    handle, _ = replica
+    ours = os.getpriority(os.PRIO_PROCESS, 0)
+    assert [os.getpriority(os.PRIO_PROCESS, address.pid) for address in handle.addresses] == [ours, ours]
 
 
 def test_n_samples_interleave_in_one_stream(client):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -183,12 +184,11 @@ def test_a_cluster_without_room_says_what_it_has(start, ray_cluster, monkeypatch
     from quire.cluster.progress import Progress
 
     monkeypatch.setattr(launch, "PLACEMENT_TIMEOUT_S", 1.0)
-    engine = resolve(EngineConfig(device="cpu", tensor_parallel_size=4))
-    replica = launch.Replica(ServeConfig(), engine, Progress(sys.stderr))
     cores = int(ray.cluster_resources()["CPU"])
-    if cores >= 4:
-        pytest.skip("this machine has room for four workers")
-    with pytest.raises(launch.LaunchError, match=rf"no room for 4 worker.*asked for CPU 4.*CPU {cores}, GPU 0"):
+    engine = replace(resolve(EngineConfig(device="cpu")), tensor_parallel_size=cores + 1)
+    replica = launch.Replica(ServeConfig(), engine, Progress(sys.stderr))
+    shortage = rf"no room for {cores + 1} worker.*asked for CPU {cores + 1}.*CPU {cores}, GPU 0"
+    with pytest.raises(launch.LaunchError, match=shortage):
         replica.start(lambda: False)
     replica.stop()
 

@@ -85,3 +85,88 @@ def test_the_pool_is_sized_by_a_worst_case_step(folder):
         memory = llm.scheduler.memory()
         total = torch.cuda.get_device_properties(0).total_memory
         assert torch.cuda.memory_reserved() < 0.2 * total and memory.blocks_total > 1000
+
+
+MIXED = [
+    GREEDY,
+    SamplingParams(temperature=0.8, seed=1, top_p=0.9, max_tokens=25, ignore_eos=True),
+    SamplingParams(temperature=0, repetition_penalty=1.2, logprobs=2, max_tokens=31, stop_token_ids=list(range(40))),
+]
+
+
+def serve(folder: Path, **settings: Any) -> list[Any]:
+    """Tokens and reasons of requests of every kind, in a pool that is too small for all of them."""
+    params = [MIXED[i % 3] for i in range(len(PROMPTS))]
+    limits = dict(max_model_len=256, max_num_seqs=5, num_gpu_blocks_override=34, device="cuda", dtype="float32")
+    with LLM(str(folder), **limits | settings) as llm:
+        said = []
+        for requests in (params, GREEDY):
+            outputs = llm.generate(PROMPTS, requests, use_tqdm=False)
+            said += [(output.outputs[0].token_ids, output.outputs[0].finish_reason) for output in outputs]
+        llm.scheduler.audit()
+    return said
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_graphs_and_depth_change_no_token(folder, deterministic):
+    want = serve(folder, enforce_eager=True, run_ahead=0, deterministic=deterministic)
+    for depth in (0, 1, 2, 4):
+        assert serve(folder, run_ahead=depth, deterministic=deterministic) == want, f"run_ahead {depth}"
+    assert serve(folder, enforce_eager=True, run_ahead=2, deterministic=deterministic) == want
+
+
+def test_decode_steps_are_replayed_and_nothing_waits_for_the_device(folder):
+    """A launch that synchronized would raise."""
+    limits = dict(max_model_len=256, max_num_seqs=8, kv_cache_memory_bytes=64 << 20, device="cuda", dtype="float32")
+    with LLM(str(folder), **limits, run_ahead=2) as llm:
+        runner = llm._executor._runner
+        graphs, launch, replayed = runner._stepper._graphs, runner.launch, []
+        forward = graphs.forward
+        graphs.forward = lambda size: (replayed.append(size), forward(size))[1]
+
+        def watched(plan):
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                return launch(plan)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        llm.generate(PROMPTS, [MIXED[i % 3] for i in range(len(PROMPTS))], use_tqdm=False)  # compiles
+        runner.launch = watched
+        llm.generate(PROMPTS, [MIXED[i % 3] for i in range(len(PROMPTS))], use_tqdm=False)
+    assert len(replayed) > 50 and set(replayed) <= {1, 2, 4, 8}
+
+
+def kernels_of_a_step(folder: Path, layers: int) -> list[str]:
+    config = LlamaConfig(**SMALL | {"num_hidden_layers": layers})
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    limits = dict(max_model_len=256, max_num_seqs=8, kv_cache_memory_bytes=64 << 20, device="cuda", dtype="bfloat16")
+    with LLM(str(folder), **limits) as llm:
+        graphs = llm._executor._runner._stepper._graphs
+        graphs.forward(8)
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            graphs.forward(8)
+            torch.cuda.synchronize()
+    # Copies and fills between buffers would count as well.
+    return [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+
+
+def test_a_decode_layer_is_at_most_ten_kernels(tmp_path):
+    few, more = kernels_of_a_step(tmp_path / "2", 2), kernels_of_a_step(tmp_path / "3", 3)
+    assert 0 < len(more) - len(few) <= 10, more
+
+
+def test_a_report_tells_the_device_s_time(folder):
+    with LLM(str(folder), max_model_len=256, kv_cache_memory_bytes=64 << 20, device="cuda") as llm:
+        runner, busy = llm._executor._runner, []
+        launch = runner.launch
+
+        def noted(plan):
+            pending = launch(plan)
+            busy.append(pending.wait().busy_us)
+            return pending
+
+        runner.launch = noted
+        llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+    assert all(0 < each < 10_000_000 for each in busy) and len(busy) > 30

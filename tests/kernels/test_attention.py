@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from paged_case import TOLERANCE, Case
 
 from quire.kernels.attention import PagedRows, paged_attention
-from quire.kernels.cpu import attention, decode
+from quire.kernels.cpu import attention, threads
 
 
 @pytest.fixture(autouse=True)
@@ -79,8 +79,8 @@ def test_a_row_does_not_depend_on_its_batch_or_the_threads() -> None:
     case = Case([(900, 1), (40, 1), (1, 1)], heads=(2, 1))
     case.q[:1] = Case([(900, 1)], heads=(2, 1)).q
     whole = case.run()
-    for threads in (2, 3):
-        torch.set_num_threads(threads)
+    for count in (2, 3):
+        torch.set_num_threads(count)
         assert torch.equal(case.run(), whole)
     one = Case([(900, 1)], heads=(2, 1))
     torch.set_num_threads(2)
@@ -90,7 +90,7 @@ def test_a_row_does_not_depend_on_its_batch_or_the_threads() -> None:
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("window", [None, 1, 20])
 def test_the_form_for_any_device(dtype: torch.dtype, window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_compiled_decode", lambda: None)
+    monkeypatch.setattr(attention, "_compiled_loops", lambda: None)
     for rows in (ROWS["decodes"], ROWS["everything mixed"]):
         Case(rows, heads=(6, 2), window=window, dtype=dtype).check()
 
@@ -107,7 +107,7 @@ def test_rows_are_gathered_in_groups_of_bounded_size(
         groups.append(len(q))
         return padded(q, *arguments)
 
-    monkeypatch.setattr(attention, "_compiled_decode", lambda: None)
+    monkeypatch.setattr(attention, "_compiled_loops", lambda: None)
     monkeypatch.setattr(attention, "_decode_padded", count)
     monkeypatch.setattr(attention, "GATHERED_BYTES", num_slots * 2 * 2 * 20 * 4)
     case.check()
@@ -120,8 +120,8 @@ def test_falls_back_where_nothing_can_be_compiled(
     def missing() -> None:
         raise AttributeError("no GOMP_parallel here")
 
-    monkeypatch.setattr(decode, "check", missing)
-    attention._compiled_decode.cache_clear()
+    monkeypatch.setattr(threads, "check", missing)
+    attention._compiled_loops.cache_clear()
     try:
         with caplog.at_level(logging.WARNING):
             Case(ROWS["decodes"]).check()
@@ -130,7 +130,7 @@ def test_falls_back_where_nothing_can_be_compiled(
             "paged attention runs uncompiled, several times slower: no GOMP_parallel here"
         ]
     finally:
-        attention._compiled_decode.cache_clear()
+        attention._compiled_loops.cache_clear()
 
 
 def test_queries_and_tables_may_be_strided_views() -> None:
@@ -150,7 +150,7 @@ def test_queries_and_tables_may_be_strided_views() -> None:
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_float8_pools(dtype: torch.dtype, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not compiled:
-        monkeypatch.setattr(attention, "_compiled_decode", lambda: None)
+        monkeypatch.setattr(attention, "_compiled_loops", lambda: None)
     case = Case(ROWS["everything mixed"], heads=(6, 2), dtype=dtype, float8=True)
     case.check()
     case.kv_scales = None
@@ -168,7 +168,7 @@ def test_deterministic_results_depend_on_no_neighbour_and_no_cut(
     compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not compiled:
-        monkeypatch.setattr(attention, "_compiled_decode", lambda: None)
+        monkeypatch.setattr(attention, "_compiled_loops", lambda: None)
     for window in (None, 100):
         whole = Case([(300, 300)], heads=(2, 1), window=window, deterministic=True)
         want = whole.run()

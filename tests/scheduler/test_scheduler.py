@@ -6,7 +6,7 @@ from schedulers import answer, make_request, make_scheduler
 from quire.scheduler.blocks import AuditError
 from quire.scheduler.config import SchedulerConfig
 from quire.scheduler.params import InvalidRequest, QueueFull
-from quire.scheduler.plan import StepResult
+from quire.scheduler.plan import Logprobs, StepResult
 from quire.scheduler.sequence import FinishReason
 
 
@@ -21,7 +21,7 @@ def test_a_prompt_takes_its_blocks_at_once_and_one_more_when_its_last_is_full():
     assert plan.step == 1 and plan.rows == (0,) and plan.num_tokens == (7,) and plan.num_sampled == 1
     (admission,) = plan.admitted
     assert admission.row == 0 and admission.block_ids == (0, 1) and admission.token_ids == tuple(prompt(7))
-    assert answer(scheduler, plan)[0].token_id == 5
+    assert next(iter(answer(scheduler, plan))).token_id == 5
 
     plan = scheduler.schedule()  # position 7 still fits into block 1
     assert plan.extended == () and plan.num_tokens == () and plan.admitted == ()
@@ -125,7 +125,7 @@ def test_cancelling_frees_at_once_in_every_state():
         assert scheduler.cancel(name)
         scheduler.audit()
     assert scheduler.pool.num_free == 32 and not scheduler.cancel("decoding")
-    assert answer(scheduler, plan) == []  # its token comes back to nobody
+    assert not answer(scheduler, plan)  # its token comes back to nobody
     assert scheduler.counters.discarded_tokens == 1 and not scheduler.has_work
     scheduler.add(make_request("next", [1]))
     plan = scheduler.schedule()
@@ -170,7 +170,7 @@ def test_plans_can_be_made_ahead_of_results():
     assert [p.rows for p in plans] == [(0,), (0,), (0,)]
     assert scheduler.schedule() is None  # its last token is in flight: nothing is left to compute
     events = [answer(scheduler, plan, token=t) for t, plan in zip((7, 8, 9), plans, strict=True)]
-    assert [e[0].finish_reason for e in events] == [None, None, FinishReason.LENGTH]
+    assert [e.finish_reason for step in events for e in step] == [None, None, FinishReason.LENGTH]
     scheduler.audit()
 
 
@@ -242,3 +242,17 @@ def test_memory_sums_to_the_pool():
     memory = scheduler.memory()
     assert (memory.blocks_total, memory.blocks_used, memory.blocks_free) == (32, 3, 29)
     assert (memory.slots_filled, memory.slots_reserved) == (9, 3)
+
+
+def test_log_probabilities_stay_with_their_tokens_when_others_are_discarded():
+    scheduler = make_scheduler()
+    for name in "abc":
+        scheduler.add(make_request(name, [1]))
+    plan = scheduler.schedule()
+    scheduler.cancel("a")
+    about = {position: Logprobs((token,), (-1.0,), 1) for position, token in ((0, 5), (2, 7))}
+    events = scheduler.apply(StepResult(plan.step, (5, 6, 7), about))
+    assert [(e.sequence.request.request_id, e.token_id, e.logprobs) for e in events] == [
+        ("b", 6, None),
+        ("c", 7, about[2]),
+    ]

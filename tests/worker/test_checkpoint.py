@@ -32,7 +32,7 @@ from quire.worker.models.checkpoint import (
 from quire.worker.models.decoder import Decoder
 from quire.worker.models.spec import ModelError, ModelSpec
 from quire.worker.parallel import TensorParallel
-from quire.worker.weights import dummy_tensor, load_model
+from quire.worker.weights import Staging, dummy_tensor, load_model
 
 MakeModel = Callable[[PretrainedConfig], tuple[Path, PreTrainedModel]]
 SMALL: dict[str, Any] = {
@@ -255,6 +255,25 @@ def test_progress_ends_at_the_total(checkpoint: tuple[Path, ModelSpec]) -> None:
     model = load_model(WorkerConfig(str(folder)), spec, TensorParallel.single(), lambda *call: calls.append(call))
     assert [done for done, _ in calls] == sorted(done for done, _ in calls)
     assert calls[-1] == (model.weight_bytes, model.weight_bytes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_bytes", [64, 96, 1 << 20])
+def test_what_goes_through_staging_buffers_arrives_whole(num_bytes: int, dtype: torch.dtype) -> None:
+    """Buffers are taken in turn, by pieces that do not divide the tensors, from tensors that do not lie in order."""
+    staging = Staging(num_bytes, pinned=False)
+    data = torch.randn(37, 19)
+    for source in (data, data.t(), data[:, 3:7], data[0], torch.empty(0, 4)):
+        target = torch.full(source.shape, torch.nan, dtype=dtype)
+        staging.copy(target, source)
+        assert torch.equal(target, source.to(dtype))
+
+
+def test_dummy_weights_of_a_type_are_the_same_numbers_rounded(checkpoint: tuple[Path, ModelSpec]) -> None:
+    _, spec = checkpoint
+    for tensor in tensors(spec)[:4]:
+        cut = bounds(tensor, spec, 0, 1)
+        assert torch.equal(dummy_tensor(tensor, 7, cut, torch.bfloat16), dummy_tensor(tensor, 7, cut).bfloat16())
 
 
 def test_dummy_weights_do_not_depend_on_the_cut(checkpoint: tuple[Path, ModelSpec]) -> None:

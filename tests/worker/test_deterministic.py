@@ -34,6 +34,7 @@ from quire.scheduler.plan import Logprobs, StepPlan, StepResult
 from quire.scheduler.request import ModelLimits, Request
 from quire.scheduler.scheduler import Scheduler
 from quire.worker.config import WorkerConfig
+from quire.worker.layers import attention as layers
 from quire.worker.layers.embedding import Head
 from quire.worker.layers.linear import Linear
 from quire.worker.layers.norm import LayerNorm, RMSNorm
@@ -201,7 +202,7 @@ def test_a_token_s_attention_does_not_depend_on_its_chunk(
         "one key-value head": dict(heads=(3, 1), size=13, block_size=8),
     }.get(name, {})  # fmt: skip
     if name == "uncompiled":
-        monkeypatch.setattr("quire.kernels.cpu.attention._compiled_decode", lambda: None)
+        monkeypatch.setattr("quire.kernels.cpu.attention._compiled_loops", lambda: None)
     case = Case([(300, 40), (7, 1), (64, 64), (530, 1), (257, 3)], dtype=dtype, deterministic=True, **options)
     owner = np.repeat(np.arange(len(case.rows.seq_lens)), np.diff(case.rows.query_starts))
     ends = (case.rows.seq_lens - case.rows.query_starts[1:])[owner] + np.arange(len(owner)) + 1
@@ -423,18 +424,15 @@ def test_one_operation_that_looks_at_the_batch_is_noticed(
     assert isinstance(decoder, Decoder)
     layer = decoder.layers[0]
     if fault == "attention":
-        monkeypatch.setattr("quire.worker.runner.build_batch", _forgetful(runner))
+        attend = layers.paged_attention
+        monkeypatch.setattr(
+            layers, "paged_attention", lambda q, *rest: attend(q, *rest) * (1 + 2.0**-23 * (len(q) % 2))
+        )
     else:
         product = layer.mlp.down.product
         layer.mlp.down.product = lambda x, weight, bias: product(x, weight, bias) * (1 + 2.0**-23 * (len(x) % 2))
     got, _ = live(random.Random(0), runner, requests)
     assert any(tokens != expected[key] for key, tokens in got.items())
-
-
-def _forgetful(runner: Runner) -> Callable[..., Any]:
-    from quire.worker.batch import build_batch
-
-    return lambda table, work, deterministic: build_batch(table, work)
 
 
 def make_runner(folder: str, dtype: str, deterministic: bool, kv_cache_dtype: str | None = None) -> Runner:

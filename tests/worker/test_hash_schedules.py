@@ -20,7 +20,8 @@ from quire.scheduler.request import ModelLimits, Request
 from quire.scheduler.scheduler import Scheduler
 from quire.scheduler.sequence import FinishReason
 from quire.worker.config import WorkerConfig
-from quire.worker.runner import Runner
+from quire.worker.graphs import padded_sizes
+from quire.worker.runner import Pending, Runner
 
 LIVES = 2000
 LIVES_PER_RUNNER = 25
@@ -28,16 +29,17 @@ LIVES_PER_RUNNER = 25
 
 @dataclass
 class WireExecutor:
-    """An `Executor` whose plans and reports travel as bytes and wait in a queue, as deep as the engine runs ahead."""
+    """An `Executor` whose plans and reports travel as bytes; steps are launched as far ahead as the engine runs."""
 
     runner: Runner
-    queue: deque[bytes] = field(default_factory=deque)
+    launched: deque[Pending] = field(default_factory=deque)
 
     def submit(self, plan: StepPlan) -> None:
-        self.queue.append(wire.encode_plan(plan, epoch=1).SerializeToString())
+        payload = wire.encode_plan(plan, epoch=1).SerializeToString()
+        self.launched.append(self.runner.launch(worker_pb2.StepPlan.FromString(payload)))
 
     def collect(self) -> StepResult:
-        report = self.runner.run(worker_pb2.StepPlan.FromString(self.queue.popleft()))
+        report = self.launched.popleft().wait()
         return wire.decode_report(worker_pb2.StepReport.FromString(report.SerializeToString()))
 
 
@@ -106,7 +108,7 @@ def _live(rng: random.Random, runner: Runner) -> int:
             watermark=rng.choice([0.0, 0.1]),
         )
     )
-    engine = Engine(scheduler, WireExecutor(runner), run_ahead=rng.choice([0, 1, 2]))
+    engine = Engine(scheduler, WireExecutor(runner), run_ahead=rng.choice([0, 1, 2, 4]))
     samples: dict[tuple[str, int], Sample] = {}
     requests = _requests(rng, config.max_model_len)
     upcoming = next(requests, None)
@@ -152,6 +154,22 @@ def _requests(rng: random.Random, max_model_len: int) -> Iterator[Request]:
 def _samples(request: Request) -> dict[tuple[str, int], Sample]:
     expected = expected_tokens(list(request.prompt_token_ids), request.max_len - len(request.prompt_token_ids))
     return {(request.request_id, index): Sample(expected, request.stop_token_ids) for index in range(request.params.n)}
+
+
+def test_padded_replays_and_late_results_change_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same lives on the Triton forms of what surrounds the model, decode steps replayed with padding, results read
+    as late as they may be."""
+    pytest.importorskip("triton")
+    from emulated_gpu import emulate
+
+    recorder = emulate(monkeypatch, graphs=True)
+    preemptions = 0
+    for number in range(8):
+        runner = _random_runner(random.Random(number))
+        runner._stepper.record(recorder, padded_sizes(runner.config.max_num_seqs))
+        for life in range(3):
+            preemptions += _live(random.Random(1000 * number + life), runner)
+    assert preemptions > 5 and recorder.num_replays > 300
 
 
 @pytest.mark.parametrize("fault", ["another's block", "one block twice"])

@@ -317,13 +317,17 @@ def test_warm_up_leaves_no_trace(config):
     assert runner.pool.tensor.isnan().all()
 
 
+def num_sampled(batch) -> int:
+    return len(batch.token_ids if batch.sample_index is None else batch.sample_index)
+
+
 def test_the_costliest_step_fits_the_limits():
     runner = make_runner(max_num_seqs=5, max_num_batched_tokens=63)
     steps = []
 
     def forward(batch, _):
         steps.append((np.diff(batch.rows.query_starts).tolist(), batch.rows.seq_lens.tolist()))
-        return torch.zeros(len(batch.sample_index)).long()
+        return torch.zeros(num_sampled(batch)).long()
 
     runner.decoder.forward = forward
     runner._worst_step()
@@ -337,7 +341,7 @@ def test_the_costliest_step_fits_the_limits():
 @pytest.mark.parametrize("config", [{"max_num_seqs": 1}, {"max_num_batched_tokens": 8}, {"max_model_len": 2}])
 def test_every_rehearsal_fits_the_limits(config):
     runner = make_runner(**config)
-    runner.decoder.forward = lambda batch, _: torch.zeros(len(batch.sample_index)).long()
+    runner.decoder.forward = lambda batch, _: torch.zeros(num_sampled(batch)).long()
     runner._worst_step()
 
 
@@ -374,7 +378,7 @@ def test_cores_are_those_of_the_affinity_and_the_control_group(monkeypatch, tmp_
 
 
 def measure(**config) -> int:
-    return count_blocks(WorkerConfig(**CONFIG | config), 1000, worst_step=lambda: pytest.fail("on a CPU"))
+    return count_blocks(WorkerConfig(**CONFIG | config), 1000, *[lambda: pytest.fail("on a CPU")] * 2)
 
 
 def test_the_number_of_blocks_on_a_cpu(monkeypatch):
@@ -423,11 +427,11 @@ def test_the_number_of_blocks_on_a_gpu(monkeypatch):
     monkeypatch.setattr("torch.cuda.memory_reserved", lambda: 250_000)
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (700_000, 1_000_000))
     config = WorkerConfig(**CONFIG | dict(device="cuda", gpu_memory_utilization=0.9))
-    # 900 000 less 300 000 at the peak and 50 000 of others.
-    assert count_blocks(config, 1000, lambda: steps.append(1)) == 550
+    # 900 000 less 300 000 at the peak, 50 000 of others and 40 000 of graphs.
+    assert count_blocks(config, 1000, lambda: steps.append(1), lambda: 40_000) == 510
     assert steps == [1]
-    with pytest.raises(PoolTooSmall, match=r"16 KV blocks of 100000 bytes.*gpu_memory_utilization 0.9 of 1000000"):
-        count_blocks(config, 100_000, lambda: None)
+    with pytest.raises(PoolTooSmall, match=r"16 KV blocks of 100000 bytes.*0.9 of 1000000.*40000 for CUDA graphs"):
+        count_blocks(config, 100_000, lambda: None, lambda: 40_000)
 
 
 def test_measure_uses_the_models_own_block():

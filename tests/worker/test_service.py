@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import queue
@@ -23,6 +24,7 @@ from quire.protos import worker_pb2, worker_pb2_grpc
 from quire.protos.channel import WORKER_CHANNEL_OPTIONS, bearer
 from quire.worker.config import WorkerConfig
 from quire.worker.service import WorkerServer
+from quire.worker.transfer import DirectTransfer
 
 CONFIG = WorkerConfig(
     model="hash", block_size=4, max_model_len=64, max_num_seqs=8, max_num_batched_tokens=64, num_threads=1
@@ -262,6 +264,128 @@ def test_a_step_that_fails_ends_its_epoch(worker, caplog):
     again.send(5, 2, rows=[0])
     assert again.refused()[0] is Code.FAILED_PRECONDITION
     assert worker.open().start(epoch=6) == expected_tokens(PROMPT, 1)
+
+
+class Slow:
+    """Steps whose results come when they are let, or fail to: what a GPU does after a launch."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+        self.runner = worker.server._runner
+        self.launched = queue.SimpleQueue()
+        self.may_arrive = threading.Semaphore(0)
+        self.failing_step = 0
+        launch = self.runner.launch
+
+        def launched_only(plan):
+            pending = launch(plan)
+            self.launched.put(plan.step)
+            finish = pending._finish
+
+            def finish_late(launched):
+                assert self.may_arrive.acquire(timeout=20)
+                if plan.step == self.failing_step:
+                    raise RuntimeError("an illegal address")
+                finish(launched)
+
+            pending._finish = finish_late
+            return pending
+
+        self.runner.launch = launched_only
+
+    def launches(self, count: int) -> list[int]:
+        return [self.launched.get(timeout=20) for _ in range(count)]
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    monkeypatch.setattr(DirectTransfer, "num_lines", 8)
+    slow = Slow(Worker())
+    yield slow
+    for _ in range(9):
+        slow.may_arrive.release()
+    slow.worker.close()
+
+
+def test_steps_are_launched_before_earlier_ones_are_over(slow):
+    stream = slow.worker.open()
+    stream.send(5, 1, rows=[0], num_tokens=[3], admits=[admit(0, PROMPT, [0, 1, 2])])
+    for step in (2, 3, 4):
+        stream.send(5, step, rows=[0])
+    assert slow.launches(4) == [1, 2, 3, 4]
+    assert slow.worker.stub.Describe(worker_pb2.DescribeRequest(), timeout=10).step == 0
+    for token in expected_tokens(PROMPT, 4):
+        slow.may_arrive.release()
+        assert stream.tokens() == [token]
+    assert slow.worker.stub.Describe(worker_pb2.DescribeRequest(), timeout=10).step == 4
+    stream.end()
+
+
+def test_a_step_that_fails_on_the_device_ends_its_epoch(slow, caplog):
+    slow.failing_step = 2
+    stream = slow.worker.open()
+    stream.send(5, 1, rows=[0], num_tokens=[3], admits=[admit(0, PROMPT, [0, 1, 2])])
+    for step in (2, 3):
+        stream.send(5, step, rows=[0])
+    assert slow.launches(3) == [1, 2, 3]
+    for _ in range(3):
+        slow.may_arrive.release()
+    assert stream.tokens() == expected_tokens(PROMPT, 1)
+    assert stream.refused() == (Code.INTERNAL, "rank 0: step 2 failed: RuntimeError: an illegal address")
+    assert "step 2 of epoch 5 failed" in caplog.text
+    again = slow.worker.open()
+    again.send(5, 4, rows=[0])
+    assert again.refused()[0] is Code.FAILED_PRECONDITION
+    slow.failing_step = 0
+    assert slow.worker.open().start(epoch=6) == expected_tokens(PROMPT, 1)
+
+
+def test_a_refused_plan_is_reported_after_the_steps_before_it(slow):
+    stream = slow.worker.open()
+    stream.send(5, 1, rows=[0], num_tokens=[3], admits=[admit(0, PROMPT, [0, 1, 2])])
+    stream.send(5, 2, rows=[3])
+    stream.send(5, 3, rows=[0])  # nobody looks at it
+    assert slow.launches(1) == [1]
+    slow.may_arrive.release()
+    assert stream.tokens() == expected_tokens(PROMPT, 1)
+    assert stream.refused() == (Code.INVALID_ARGUMENT, "rank 0, step 2: row 3 is computed but empty")
+    again = slow.worker.open()
+    again.send(5, 2, rows=[0])
+    slow.may_arrive.release()
+    assert again.tokens() == expected_tokens(PROMPT, 2)[1:]
+    again.end()
+
+
+def test_a_newer_epoch_does_not_wait_for_results_that_nobody_takes(slow):
+    old, new = slow.worker.open(), slow.worker.open()
+    old.send(5, 1, rows=[0], num_tokens=[3], admits=[admit(0, PROMPT, [0, 1, 2])])
+    old.send(5, 2, rows=[0])
+    assert slow.launches(2) == [1, 2]
+    new.send(6, 1, rows=[0], num_tokens=[3], admits=[admit(0, PROMPT, [3])])
+    assert slow.launches(1) == [1]
+    assert old.refused()[0] is Code.CANCELLED
+    for _ in range(3):
+        slow.may_arrive.release()
+    assert new.tokens() == expected_tokens(PROMPT, 1)
+    new.end()
+
+
+def test_a_worker_s_collector_rests_while_it_serves_and_collects_in_between(monkeypatch):
+    monkeypatch.setattr("quire.worker.loop.IDLE_S", 0.01)
+    assert gc.isenabled()
+    worker = Worker()
+    try:
+        assert not gc.isenabled() and gc.get_freeze_count() > 1000
+        collected = threading.Event()
+        gc.callbacks.append(lambda phase, _: collected.set() if phase == "start" else None)
+        stream = worker.open()
+        stream.start(epoch=5)
+        assert collected.wait(20)  # after the step, with nothing to do
+        stream.end()
+    finally:
+        gc.callbacks.pop()
+        worker.close()
+    assert gc.isenabled() and gc.get_freeze_count() == 0
 
 
 def test_describe_answers_while_a_step_runs(worker):

@@ -5,8 +5,10 @@ import pytest
 import torch
 from worker_plans import admit, plan
 
-from quire.worker.batch import build_batch
-from quire.worker.table import PlanError, RowTable, TableSize
+from quire.kernels.step_inputs import store_tokens
+from quire.worker.batch import Batch, StepInputs
+from quire.worker.table import PlanError, RowTable, TableSize, Work
+from quire.worker.transfer import DirectTransfer
 
 SIZE = TableSize(num_rows=4, max_model_len=20, max_num_batched_tokens=24, block_size=4, num_blocks=10, vocab_size=100)
 
@@ -18,6 +20,19 @@ def table() -> RowTable:
 
 def counts(table: RowTable, row: int) -> tuple[int, int, int, int]:
     return tuple(int(c[row]) for c in (table.num_known, table.num_computed, table.num_prompt, table.num_blocks))
+
+
+def compute(table: RowTable, work: Work, *tokens: int) -> Batch:
+    """A step of which nothing but the tokens is known."""
+    inputs = StepInputs(table, DirectTransfer())
+    parcel = inputs.load(0, work)
+    inputs.send(parcel, work.writes)
+    batch = inputs.batch(parcel, work, False, None)
+    sampling = None if work.is_decode else inputs.step.sampling[: len(tokens)]
+    store_tokens(table.tensors, inputs.step, torch.tensor(tokens), sampling)
+    table.advance(work)
+    assert inputs.step.results[0, : len(tokens)].tolist() == list(tokens)
+    return batch
 
 
 def state(table: RowTable) -> list:
@@ -37,16 +52,16 @@ def test_a_row_lives(table):
     assert table.token_ids[2, :6].tolist() == [5, 6, 7, 8, 9, 10]
     assert table.block_table[2, :2].tolist() == [3, 1]
     assert counts(table, 2) == (6, 0, 6, 2)
-    table.advance(work, torch.tensor([42]))
+    compute(table, work, 42)
     assert counts(table, 2) == (7, 6, 6, 2)
     assert table.token_ids[2, 6] == 42
 
     for token in (43, 44):
-        table.advance(table.apply(plan([2])), torch.tensor([token]))
+        compute(table, table.apply(plan([2])), token)
     assert counts(table, 2) == (9, 8, 6, 2)
     work = table.apply(plan([2], extend=[(2, 7)]))
     assert table.block_table[2, :3].tolist() == [3, 1, 7]
-    table.advance(work, torch.tensor([45]))
+    compute(table, work, 45)
     assert counts(table, 2) == (10, 9, 6, 3)
 
     table.apply(plan(retire=[2]))
@@ -56,7 +71,7 @@ def test_a_row_lives(table):
 def test_only_rows_that_reach_their_last_token_sample(table):
     work = table.apply(plan([1, 0], [4, 3], [admit(0, [1, 2, 3], [0]), admit(1, [1] * 9, [1, 2, 3])]))
     assert work.sampling_rows.tolist() == [0]
-    table.advance(work, torch.tensor([9]))
+    compute(table, work, 9)
     assert counts(table, 1) == (9, 4, 9, 3)
     work = table.apply(plan([1, 0], [5, 1]))
     assert work.sampling_rows.tolist() == [1, 0]
@@ -79,13 +94,13 @@ def test_extensions_of_several_rows_interleave(table):
 
 def test_a_token_that_could_not_be_sampled_is_still_a_token(table):
     work = table.apply(plan([0], [2], [admit(0, [1, 2], [0])]))
-    table.advance(work, torch.tensor([-1]))
+    compute(table, work, -1)
     assert table.token_ids[0, 2] == 0
 
 
 def test_the_longest_sequence_may_sample_one_token_more(table):
     work = table.apply(plan([0], [20], [admit(0, [1] * 20, [0, 1, 2, 3, 4])]))
-    table.advance(work, torch.tensor([5]))
+    compute(table, work, 5)
     assert counts(table, 0) == (21, 20, 20, 5)
     with pytest.raises(PlanError, match="computes 1 tokens after 20"):
         table.apply(plan([0]))
@@ -202,16 +217,48 @@ def test_a_batch_equals_one_built_token_by_token(table, rows, num_tokens):
     ]
     table.apply(plan(admits=admits))
     work = table.apply(plan(rows, num_tokens))
-    batch = build_batch(table, work)
     naive = naive_batch(table, work)
+    batch = compute(table, work, *range(len(work.sampling)))
+    if work.is_decode:
+        assert batch.sample_index is None and naive.pop("sample_index") == list(range(len(rows)))
     assert batch.rows.query_starts.tolist() == naive.pop("query_starts")
     for name, wanted in naive.items():
         assert getattr(batch, name).tolist() == wanted, name
+        assert getattr(batch, name).dtype is torch.int64, name
     ends = work.starts + work.num_tokens
     assert batch.rows.seq_lens.tolist() == ends.tolist()
     width = -(-max(ends) // SIZE.block_size)
     assert batch.rows.block_tables.tolist() == table.block_table[work.rows, :width].tolist()
-    for name in ("token_ids", "positions", "slots", "sample_index"):
-        assert getattr(batch, name).dtype is torch.int64
     assert batch.rows.block_tables.dtype is torch.int32
     assert batch.rows.query_starts.dtype == batch.rows.seq_lens.dtype == np.int32
+
+
+def test_as_many_rows_as_before_are_not_the_same_rows(table):
+    compute(table, table.apply(plan([0, 1], [2, 2], [admit(0, [1, 2], [0]), admit(1, [3, 4], [1])])), 5, 6)
+    for rows in ([0, 1], [0, 1], [1, 0]):
+        work = table.apply(plan(rows))
+        assert work.rows.tolist() == work.sampling_rows.tolist() == rows and work.is_decode
+    with pytest.raises(PlanError, match="row 2 is computed but empty"):
+        table.apply(plan([0, 2]))
+    table.apply(plan(retire=[1]))
+    with pytest.raises(PlanError, match="row 1 is computed but empty"):
+        table.apply(plan([0, 1]))
+
+
+def test_a_step_is_filled_with_padding_whatever_was_there_before(table):
+    admits = [admit(row, [7 + row] * 3, [row]) for row in range(4)]
+    inputs = StepInputs(table, DirectTransfer())
+
+    def load(work: Work, padded: int) -> tuple[list[int], list[int], list[int], list[int]]:
+        inputs.send(inputs.load(0, work, padded), work.writes)
+        batch = inputs.static_batch(max(padded, len(work.rows)), False)
+        table.advance(work)
+        assert batch.rows.static and batch.sample_index is None and (batch.rows.seq_lens == SIZE.max_model_len).all()
+        tensors = (inputs.step.rows[:4], batch.token_ids, batch.positions, batch.slots)
+        return tuple(tensor.tolist() for tensor in tensors)
+
+    compute(table, table.apply(plan(range(4), [3] * 4, admits)), 30, 31, 32, 33)
+    assert load(table.apply(plan([3, 0, 1, 2])), 4) == ([3, 0, 1, 2], [33, 30, 31, 32], [3] * 4, [15, 3, 7, 11])
+    table.apply(plan(extend=[(2, 9)]))
+    assert load(table.apply(plan([2])), 4) == ([2, -1, -1, -1], [0] * 4, [4, 0, 0, 0], [36, -1, -1, -1])
+    assert inputs.step.seq_lens.tolist() == [5, 0, 0, 0]

@@ -1,0 +1,89 @@
+"""Loops compiled by numba, run by the threads of torch's own OpenMP pool.
+
+numba's own threads would be a second pool, and each would spin on the other's cores between its turns. A region is a
+function of one address, that of its arguments, which every thread calls; `thread` and `threads` tell it which part is
+its own.
+"""
+
+# mypy: disable-error-code="import-untyped"
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import llvmlite.binding
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+thread = types.ExternalFunction("omp_get_thread_num", types.int32())
+threads = types.ExternalFunction("omp_get_num_threads", types.int32())
+
+
+@intrinsic
+def pointer(typing_context: Any, address: Any) -> Any:
+    """What an int64 points at, for numba.carray."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
+
+    return types.voidptr(types.int64), generate
+
+
+@functools.cache
+def _parallel() -> Any:
+    """The entry of torch's OpenMP runtime, whichever it is; GNU's entry points are the ones that all of them have."""
+    torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    for name in ("omp_get_thread_num", "omp_get_num_threads"):
+        address = ctypes.cast(torch_cpu[name], ctypes.c_void_p).value
+        llvmlite.binding.add_symbol(name, address)
+    function = torch_cpu["GOMP_parallel"]
+    function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    function.restype = None
+    return function
+
+
+def check() -> None:
+    """Raises if torch's OpenMP has no entry for us (OSError, AttributeError)."""
+    _parallel()
+
+
+@functools.cache
+def version() -> int:
+    """Of this folder's files. A body that refers to it is compiled anew when any of them changes: numba looks at the
+    file of the body alone."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return int.from_bytes(digest.digest()[:6], "little")
+
+
+def region(body: Callable[..., None]) -> int:
+    """The address of a compiled body; compiled once, and kept on disk where possible."""
+    _parallel()
+    signature = types.void(types.int64)
+    try:
+        compiled = numba.cfunc(signature, cache=True)(body)
+    except RuntimeError:  # there is no folder where numba could keep a cache
+        compiled = numba.cfunc(signature)(body)
+    _COMPILED.append(compiled)
+    address: int | None = compiled.address
+    assert address is not None
+    return address
+
+
+_COMPILED: list[Any] = []
+"""Kept alive: an address does not hold its function."""
+
+
+def run(address: int, arguments: np.ndarray, num_threads: int | None = None) -> None:
+    """Every thread of the pool calls the region with `arguments` (int64, contiguous)."""
+    _parallel()(address, arguments.ctypes.data, num_threads or torch.get_num_threads(), 0)

@@ -1,0 +1,170 @@
+"""The loops that numba compiles for a CPU: against twins, the torch forms, and themselves on other threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from paged_case import Case
+
+from quire.kernels import activation, dispatch, norm, qkv, reference, rotary
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+BUGS = [
+    ("first token unseen", "kernels/cpu/tile.py", 'icmp_signed(">=", place, first)', 'icmp_signed(">", place, first)',
+     "test_prefill"),
+    ("a token too many", "kernels/cpu/tile.py", 'icmp_signed("<", place, end)', 'icmp_signed("<=", place, end)',
+     "test_decode"),
+    ("weights not shrunk", "kernels/cpu/tile.py", "tokens.fma(totals, tokens.splat(shrink), weights)",
+     "tokens.add(totals, weights)", "test_decode"),
+    ("values not shrunk", "kernels/cpu/tile.py", "factor = rows.splat(shrink)", "factor = rows.splat(1.0)",
+     "test_decode"),
+    ("scale missing", "kernels/cpu/tile.py", "scaled = rows.splat(scale)", "scaled = rows.splat(1.0)", "test_decode"),
+    ("one token's weight for all", "kernels/cpu/tile.py", "b.add(state, b.mul(wide, stride.type(4)))", "state",
+     "test_decode"),
+    ("splits merged as equals", "kernels/cpu/decode.py",
+     "weight = np.float32(2) ** (states[s, size + TOTALS] - top)", "weight = np.float32(1)", "test_decode"),
+    ("a split begins late", "kernels/cpu/decode.py", "(first // SPLIT + 1) * SPLIT)", "(first // SPLIT + 2) * SPLIT)",
+     "test_decode"),
+    ("another head's keys", "kernels/cpu/decode.py", "range(kv_head * group, (kv_head + 1) * group):\n",
+     "range(kv_head, heads, kv_heads):\n", "test_decode"),
+    ("a head nobody computes", "kernels/cpu/decode.py", "high = everything * (thread() + 1)",
+     "high = everything * (thread() + 1) - 1", "test_decode"),
+    ("not causal", "kernels/cpu/prefill.py", "place + 1 - origin)", "last - origin)", "test_prefill"),
+    ("window too wide", "kernels/cpu/prefill.py", "place - window + 1 - origin)", "place - window - origin)",
+     "test_prefill"),
+    ("stale sums", "kernels/cpu/prefill.py", "for i in range(queries * group):\n                        clear",
+     "for i in range(group):\n                        clear", "test_prefill"),
+    ("another row's table", "kernels/cpu/prefill.py", "tables[row * a[12] + position", "tables[position",
+     "test_prefill"),
+    ("keys of the first head", "kernels/cpu/prefill.py", "+ (inside - start) * of_token + kv_head * of_head",
+     "+ (inside - start) * of_token", "test_prefill"),
+    ("even for odd", "kernels/cpu/vector.py", "return b.bitcast(even, self.floats), b.bitcast(odd, self.floats)",
+     "return b.bitcast(odd, self.floats), b.bitcast(odd, self.floats)", "test_decode"),
+    ("e for 2", "kernels/cpu/decode.py", "scale * LOG2E", "scale", "test_decode"),
+    ("sum not rounded", "kernels/cpu/fused.py", "_norm_row(total, weight, eps, out)", "_norm_row(x, weight, eps, out)",
+     "test_equal_the_torch_forms"),
+    ("normed value not rounded", "kernels/cpu/fused.py", "_widen(_narrow(_widen(x[i]) * factor, x[i]))",
+     "_widen(x[i]) * factor", "test_rounded_where_the_torch_forms_round"),
+    ("gate not rounded", "kernels/cpu/fused.py",
+     "_widen(_narrow(bounded / (np.float32(1) + _exp(-bounded)), gate[i]))",
+     "bounded / (np.float32(1) + _exp(-bounded))", "test_rounded_where_the_torch_forms_round"),
+    ("ties away", "kernels/cpu/fused.py", "b.add(bits, b.add(tie, word(0x7FFF)))", "b.add(bits, word(0x8000))",
+     "test_rounded_where_the_torch_forms_round"),
+    ("turned the other way", "kernels/cpu/fused.py", "a * cos - b * sin", "a * cos + b * sin",
+     "test_equal_the_torch_forms"),
+    ("V to K's place", "kernels/cpu/fused.py", "place + a[12] + (head", "place + (head", "test_equal_the_torch_forms"),
+    ("padding written", "kernels/cpu/fused.py", "written = slot >= 0", "written = True", "test_padding_is_not_written"),
+    ("silu of large values", "kernels/cpu/fused.py",
+     "bounded = np.float32(-88) if x < np.float32(-88) else x", "bounded = x", "test_silu_of_every_size"),
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    torch.manual_seed(0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "size"), [((6, 2), 64), ((3, 3), 24), ((4, 1), 6)])
+def test_decode(heads: tuple[int, int], size: int, dtype: torch.dtype) -> None:
+    Case([(1, 1), (700, 1), (16, 1), (31, 1)], heads=heads, size=size, dtype=dtype).check()
+    Case([(300, 1), (90, 1)], heads=heads, size=size, window=40, dtype=dtype).check()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "size"), [((6, 2), 64), ((3, 3), 24), ((40, 1), 6)])
+def test_prefill(heads: tuple[int, int], size: int, dtype: torch.dtype) -> None:
+    rows = [(50, 50), (70, 33), (100, 1), (3, 2), (90, 67)]
+    Case(rows, heads=heads, size=size, dtype=dtype).check()
+    Case(rows, heads=heads, size=size, window=20, dtype=dtype).check()
+
+
+def test_results_do_not_depend_on_the_threads() -> None:
+    case = Case([(700, 1), (60, 60), (300, 1), (400, 33)], heads=(6, 3))
+    results = []
+    for threads in (1, 2, 3, 5):
+        torch.set_num_threads(threads)
+        results.append(case.run())
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def operations(rows: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Every operation's results, on inputs that depend on the number of rows and the type alone."""
+    torch.manual_seed(rows)
+    x, residual = (torch.randn(rows, 2 * 90).to(dtype) for _ in range(2))
+    weight = torch.randn(180).to(dtype)
+    heads = torch.randn(rows, 9, 26).to(dtype)[:, 1:8]
+    pool = torch.zeros(-(-rows // 4) + 1, 2, 2, 4, 2, 26, dtype=dtype)
+    slots = torch.randperm(4 * len(pool))[:rows]
+    angles = rotary.cos_sin_table(10000 ** -(torch.arange(0, 20, 2) / 20), 50)
+    positions = torch.randint(0, 50, (rows,))
+    scales = torch.randn(2, 26).to(dtype)
+    results = [norm.rms_norm(x, weight, 1e-5), *norm.add_rms_norm(x, residual, weight, 1e-5)]
+    results += [activation.silu_and_mul(4 * x), norm.rms_norm(heads, scales[0], 1e-5)]
+    for norms in ((None, None), (scales[0], scales[1])):
+        q = qkv.norm_rotate_write(heads, pool[:, 1], slots, positions, angles, False, *norms, 1e-5)
+        results += [q, pool.clone()]
+    return results
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equal_the_torch_forms(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    for rows in (1, 7, 200):
+        compiled = operations(rows, dtype)
+        with monkeypatch.context() as patch:
+            patch.setattr(dispatch, "compiled", lambda *_: None)
+            plain = operations(rows, dtype)
+        for got, want in zip(compiled, plain, strict=True):
+            tolerance = (16 if dtype == torch.float32 else 4) * torch.finfo(dtype).eps
+            torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounded_where_the_torch_forms_round(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for ties that the last bit of a sum or of an exponential decides, every bit is the torch form's."""
+    compiled = operations(400, dtype)
+    monkeypatch.setattr(dispatch, "compiled", lambda *_: None)
+    for got, want in zip(compiled, operations(400, dtype), strict=True):
+        assert (got != want).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_does_not_depend_on_rows_or_threads(dtype: torch.dtype) -> None:
+    x, weight = torch.randn(300, 180).to(dtype), torch.randn(180).to(dtype)
+    for operation in (lambda x: norm.rms_norm(x, weight, 1e-5), activation.silu_and_mul):
+        whole = operation(x)
+        torch.set_num_threads(3)
+        assert torch.equal(operation(x), whole)
+        assert all(torch.equal(operation(x[i : i + 1])[0], whole[i]) for i in range(0, 300, 37))
+
+
+def test_padding_is_not_written() -> None:
+    pool = torch.full((3, 2, 4, 1, 8), torch.nan)
+    angles = rotary.cos_sin_table(10000 ** -(torch.arange(0, 8, 2) / 8), 5)
+    slots = torch.tensor([-1, 5, -9])
+    qkv.norm_rotate_write(torch.randn(3, 4, 8), pool, slots, torch.zeros(3, dtype=torch.int64), angles)
+    assert (~pool.isnan()).nonzero()[:, [0, 2]].unique(dim=0).tolist() == [[1, 1]]
+
+
+def test_silu_of_every_size() -> None:
+    values = torch.tensor([0.0, 1e-30, -1e-30, 20.0, -20.0, -87.0, -90.0, -200.0, -1e30, 200.0, 1e30, torch.nan])
+    x = torch.cat([values, torch.ones_like(values)])[None]
+    torch.testing.assert_close(
+        activation.silu_and_mul(x), reference.silu_and_mul(x), rtol=1e-5, atol=1e-30, equal_nan=True
+    )
+
+
+def test_nan_stays_where_it_is() -> None:
+    x = torch.randn(5, 64).bfloat16()
+    x[2, 7] = torch.nan
+    weight = torch.ones(64).bfloat16()
+    normed, total = norm.add_rms_norm(x, x, weight, 1e-5)
+    assert normed.isnan().any(1).tolist() == [False, False, True, False, False]
+    assert total.isnan().sum() == 1
