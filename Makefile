@@ -30,6 +30,9 @@ protos: $(VENV)/installed-test build/path/quire
 
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks.scheduler
+	$(BIN)/python -m benchmarks.host_cost
+	$(BIN)/python -m benchmarks.startup --repeat 1
+	$(BIN)/python -m benchmarks.decode_step
 	$(BIN)/python -m benchmarks.offline
 
 .PHONY: bench-gpu
