@@ -6,12 +6,12 @@ Invariant: a block is one contiguous range of memory, all layers, K and V; whoev
 
 from __future__ import annotations
 
-import contextlib
-import mmap
 from dataclasses import dataclass
 from math import prod
 
 import torch
+
+from quire.worker import pages
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,16 +40,7 @@ class KVPool:
         # [block, layer, K/V, token, head, dim]. Not zeroed: no slot is read before it is written, and on a CPU memory
         # that is never touched is never taken.
         dimensions = (num_blocks, *shape.dimensions)
-        if torch.device(device).type == "cpu" and hasattr(mmap, "MADV_HUGEPAGE"):
-            self.tensor = _in_huge_pages(num_blocks * shape.num_bytes).view(shape.dtype).view(dimensions)
+        if torch.device(device).type == "cpu":
+            self.tensor = pages.allocate(num_blocks * shape.num_bytes).view(shape.dtype).view(dimensions)
         else:
             self.tensor = torch.empty(dimensions, dtype=shape.dtype, device=device)
-
-
-def _in_huge_pages(num_bytes: int) -> torch.Tensor:
-    """[num_bytes] uint8. Attention reads a few small pages here and a few there; looking each up takes as long as
-    reading it."""
-    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # the kernel was built without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from quire.protos import worker_pb2
+from quire.worker import pages
 from quire.worker.config import WorkerConfig
 from quire.worker.graphs import BYTES_PER_GRAPH, padded_sizes, recorder_for
 from quire.worker.host import usable_cores
@@ -102,6 +103,8 @@ class Runner:
         """The weights. `progress` is called with bytes done and bytes in all."""
         torch.set_num_threads(self.config.num_threads or default_threads(self.config.tensor_parallel_size))
         self.decoder = self._loader(self.config, self.tp, progress)
+        if self._device.type == "cpu":
+            pages.gather()
         self._block_shape = BlockShape(
             self.decoder.spec.num_layers,
             self.config.block_size,

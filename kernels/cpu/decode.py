@@ -25,6 +25,8 @@ from quire.kernels.cpu.tile import MAX_TILE, TOTALS, attend_tile, clear, finish_
 from quire.kernels.cpu.vector import BYTES, KINDS, LOG2E, WIDENED
 
 SPLIT = 256
+FEW_HEADS = 64
+"""States that one thread finishes sooner than it wakes the others."""
 
 
 @njit
@@ -157,32 +159,39 @@ def decode(
     block_size, kv_heads = kv_layer.shape[2:4]
     q = q.contiguous()
     lengths = np.ascontiguousarray(seq_lens, np.int32)
-    visible = int(lengths.max()) if window is None else window
-    first = np.maximum(lengths - visible, 0)
-    num_splits = int(((lengths - 1) // SPLIT - first // SPLIT + 1).sum())
+    if window is None:
+        visible = int(lengths.max())
+        num_splits = int(((lengths - 1) // SPLIT).sum()) + num_rows
+    else:
+        visible = window
+        num_splits = int(((lengths - 1) // SPLIT - np.maximum(lengths - window, 0) // SPLIT + 1).sum())
     q_kind, kv_kind = KINDS[q.dtype], KINDS[kv_layer.dtype]
     factors = head_factors(heads, scale * LOG2E, WIDENED.get(kv_kind, 1.0), kv_scales)
     out = torch.empty_like(q)
     states = torch.empty((num_splits, heads, state_size(size)))
-    element = BYTES[kv_kind]
+    element, of_scores = BYTES[kv_kind], factors.ctypes.data
     arguments = np.array(
         [
             num_rows, heads, kv_heads, block_size, visible,
             *(stride * element for stride in kv_layer.stride()[:4]),
             q.data_ptr(), kv_layer.data_ptr(), block_tables.data_ptr(), block_tables.stride(0), lengths.ctypes.data,
-            factors.ctypes.data, states.data_ptr(), num_splits, out.data_ptr(), factors.ctypes.data + 4 * heads, 0,
+            of_scores, states.data_ptr(), num_splits, out.data_ptr(), of_scores + 4 * heads, 0,
         ],
         np.int64,
     )  # fmt: skip
     threads.run(_attend_region(size, math.gcd(block_size, MAX_TILE), q_kind, kv_kind), arguments)
-    threads.run(_finish_region(size, q_kind, kv_kind), arguments)
+    threads.run(_finish_region(size, q_kind, kv_kind), arguments, 1 if num_splits * heads < FEW_HEADS else None)
     return out
 
 
 def head_factors(heads: int, scale: float, widened: float, kv_scales: torch.Tensor | None) -> np.ndarray:
     """[2, Hq] float32: what scores and what values are multiplied with."""
-    factors = np.empty((2, heads), np.float32)
-    factors[0], factors[1] = scale * widened, widened
-    if kv_scales is not None:
-        factors *= kv_scales.float().numpy().repeat(heads // kv_scales.shape[1], 1)
-    return factors
+    if kv_scales is None:
+        return _plain_factors(heads, scale, widened)
+    of_heads: np.ndarray = kv_scales.float().numpy().repeat(heads // kv_scales.shape[1], 1)
+    return np.multiply(_plain_factors(heads, scale, widened), of_heads)
+
+
+@functools.lru_cache(maxsize=64)
+def _plain_factors(heads: int, scale: float, widened: float) -> np.ndarray:
+    return np.repeat(np.array([[scale * widened], [widened]], np.float32), heads, 1)

@@ -51,6 +51,12 @@ def _parallel() -> Any:
     return function
 
 
+@functools.cache
+def _alone() -> Callable[[int], Callable[[int], None]]:
+    """From an address to the function there, to be called by this thread, without Python's lock."""
+    return functools.cache(ctypes.CFUNCTYPE(None, ctypes.c_int64))
+
+
 def check() -> None:
     """Raises if torch's OpenMP has no entry for us (OSError, AttributeError)."""
     _parallel()
@@ -85,5 +91,8 @@ _COMPILED: list[Any] = []
 
 
 def run(address: int, arguments: np.ndarray, num_threads: int | None = None) -> None:
-    """Every thread of the pool calls the region with `arguments` (int64, contiguous)."""
-    _parallel()(address, arguments.ctypes.data, num_threads or torch.get_num_threads(), 0)
+    """Every thread of the pool calls the region with `arguments` (int64, contiguous); a single one without the pool."""
+    if num_threads == 1:
+        _alone()(address)(arguments.ctypes.data)
+    else:
+        _parallel()(address, arguments.ctypes.data, num_threads or torch.get_num_threads(), 0)
