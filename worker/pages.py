@@ -44,18 +44,18 @@ def gather() -> int:
     madvise = ctypes.CDLL(None, use_errno=True).madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     moved = 0
-    for start, stop in list(_full_mappings()):
+    for start, stop in list(full_mappings()):
         start, stop = -(-start // HUGE_PAGE) * HUGE_PAGE, stop // HUGE_PAGE * HUGE_PAGE
         if start < stop and madvise(start, stop - start, MADV_COLLAPSE) == 0:
             moved += stop - start
     return moved
 
 
-def _full_mappings() -> Iterator[tuple[int, int]]:
-    """Of memory without a file behind it."""
+def full_mappings(smaps: Path = Path("/proc/self/smaps")) -> Iterator[tuple[int, int]]:
+    """First address and end of memory without a file behind it, where nearly all of it is in use."""
     with contextlib.suppress(OSError):
         mapping = None
-        for line in Path("/proc/self/smaps").read_text().splitlines():
+        for line in smaps.read_text().splitlines():
             if "-" in line.split(" ", 1)[0]:
                 match = _MAPPING.match(line)
                 mapping = (int(match[1], 16), int(match[2], 16)) if match else None

@@ -189,7 +189,8 @@ def head_factors(heads: int, scale: float, widened: float, kv_scales: torch.Tens
     if kv_scales is None:
         return _plain_factors(heads, scale, widened)
     of_heads: np.ndarray = kv_scales.float().numpy().repeat(heads // kv_scales.shape[1], 1)
-    return np.multiply(_plain_factors(heads, scale, widened), of_heads)
+    scaled: np.ndarray = _plain_factors(heads, scale, widened) * of_heads
+    return scaled
 
 
 @functools.lru_cache(maxsize=64)
