@@ -132,9 +132,10 @@ def _silu_row(gate, up, out):
         out[i] = _narrow(activated * _widen(up[i]), gate[i])
 
 
-@njit(fastmath=FASTMATH, error_model="numpy")
+@njit(error_model="numpy")
 def _rotate_head(x, cos_sin, half, out):
-    """Pairs (i, i + half) turn, what is left passes."""
+    """Pairs (i, i + half) turn, what is left passes. Products are rounded before they are summed, as torch does it and
+    the kernel for a GPU: there is no other order, and so all of them agree to the last bit."""
     for i in range(half):
         a, b = _widen(x[i]), _widen(x[i + half])
         cos, sin = cos_sin[i], cos_sin[i + half]
