@@ -136,15 +136,6 @@ class Code:
         is_number = b.fcmp_ordered("ord", x, x)
         return b.select(is_number, rounded, self._splat_word(0x7FC00000))
 
-    def round_to(self, kind: int, x: Any) -> Any:
-        """What storing x as `kind` and loading it again gives."""
-        b = self.builder
-        if kind == FLOAT32:
-            return x
-        if kind == FLOAT16:
-            return b.fpext(b.fptrunc(x, ir.VectorType(ir.HalfType(), self.lanes)), self.floats)
-        return b.bitcast(b.and_(self._round_to_bfloat16(x), self._splat_word(0xFFFF0000)), self.floats)
-
     # -- arithmetic
 
     def splat(self, value: Any) -> Any:
@@ -173,9 +164,6 @@ class Code:
 
     def mul(self, a: Any, b: Any) -> Any:
         return self.builder.fmul(a, b, flags=FAST)
-
-    def div(self, a: Any, b: Any) -> Any:
-        return self.builder.fdiv(a, b)
 
     def fma(self, a: Any, b: Any, c: Any) -> Any:
         """a * b + c, rounded once."""
