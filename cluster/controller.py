@@ -36,9 +36,6 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-MAX_TOKENS_PER_MESSAGE = 256
-"""With 20 log-probabilities each, far below the four megabytes that a client takes by default."""
-
 
 @dataclass(frozen=True, slots=True)
 class ControllerConfig:
@@ -182,8 +179,8 @@ class _Sample:
         token_ids, logprobs = self.token_ids, self.logprobs
         self.token_ids, self.logprobs = [], []
         messages = []
-        for start in range(0, len(token_ids), MAX_TOKENS_PER_MESSAGE):
-            part = slice(start, start + MAX_TOKENS_PER_MESSAGE)
+        for start in range(0, len(token_ids), wire.MAX_TOKENS_PER_MESSAGE):
+            part = slice(start, start + wire.MAX_TOKENS_PER_MESSAGE)
             messages.append(wire.encode_output(self.index, self.num_sent, token_ids[part], logprobs[part]))
             self.num_sent += len(token_ids[part])
         if self.end is not None:

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 import grpc
 
-from quire.cluster import errors
+from quire.cluster import errors, wire
 from quire.cluster.errors import RequestError
 from quire.protos import generation_pb2 as pb
 from quire.protos import generation_pb2_grpc, relay_pb2, relay_pb2_grpc
@@ -29,7 +29,6 @@ Generate = Callable[[pb.GenerateRequest, Any], AsyncIterator[pb.GenerateResponse
 
 MAX_ANSWERS = 4096
 """In one message: what a gateway that was stopped for a while finds waiting must not exceed what it can receive."""
-MAX_TOKENS_PER_MESSAGE = 256
 
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
@@ -268,7 +267,10 @@ class RelayedCall:
         if waiting is None:
             return False
         before, count = waiting.output, len(output.token_ids)
-        if before.seq + len(before.token_ids) != output.seq or len(before.token_ids) + count > MAX_TOKENS_PER_MESSAGE:
+        if (
+            before.seq + len(before.token_ids) != output.seq
+            or len(before.token_ids) + count > wire.MAX_TOKENS_PER_MESSAGE
+        ):
             return False
         before.token_ids.extend(output.token_ids)
         before.logprobs.extend(output.logprobs)

@@ -15,6 +15,9 @@ from quire.scheduler.plan import Admission, Logprobs, StepPlan, StepResult
 from quire.scheduler.sequence import FinishReason
 from quire.scheduler.stats import Counters, MemoryUse
 
+MAX_TOKENS_PER_MESSAGE = 256
+"""With 20 log-probabilities each, far below the four megabytes that a client takes by default."""
+
 FINISH_REASONS = {
     FinishReason.STOP: generation_pb2.FINISH_REASON_STOP,
     FinishReason.LENGTH: generation_pb2.FINISH_REASON_LENGTH,

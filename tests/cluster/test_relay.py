@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quire.cluster import errors, relay
+from quire.cluster import errors, relay, wire
 from quire.cluster.errors import RequestError
 from quire.cluster.grpc_api import ApiSettings, GenerationService
 from quire.cluster.relay import RelayedCall, RelayService, RelayStub
@@ -275,7 +275,7 @@ def test_whatever_is_put_together_the_reader_gets_every_token_once_and_in_order(
                 return
             part = message.output
             assert part.index not in done and part.seq == len(got[part.index])
-            assert 1 <= len(part.token_ids) <= relay.MAX_TOKENS_PER_MESSAGE
+            assert 1 <= len(part.token_ids) <= wire.MAX_TOKENS_PER_MESSAGE
             assert [position.sampled_rank for position in part.logprobs] == (list(part.token_ids) if logprobs else [])
             got[part.index] += part.token_ids
 

@@ -9,8 +9,9 @@ import grpc
 import pytest
 from schedulers import make_request
 
-from quire.cluster.controller import MAX_TOKENS_PER_MESSAGE, _Stream
+from quire.cluster.controller import _Stream
 from quire.cluster.errors import RequestError
+from quire.cluster.wire import MAX_TOKENS_PER_MESSAGE
 from quire.protos import generation_pb2 as pb
 from quire.scheduler.plan import Logprobs
 from quire.scheduler.sequence import FinishReason
