@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable
+from itertools import chain
 
 from quire.protos import generation_pb2, worker_pb2
 from quire.scheduler.params import SamplingParams
@@ -32,6 +33,10 @@ _SCALARS = (
 
 def pack(values: Iterable[int]) -> bytes:
     return array("i", values).tobytes()
+
+
+def _pack_all(records: tuple[tuple[int, ...], ...]) -> bytes:
+    return pack(chain.from_iterable(records)) if records else b""
 
 
 def pack_floats(values: Iterable[float]) -> bytes:
@@ -59,6 +64,13 @@ def encode_plan(plan: StepPlan, epoch: int) -> worker_pb2.StepPlan:
         extend_blocks=pack(block for _, block in plan.extended),
         rows=pack(plan.rows),
         num_tokens=pack(plan.num_tokens),
+        swap_out=_pack_all(plan.swapped_out),
+        swap_in=_pack_all(plan.swapped_in),
+        copies=_pack_all(plan.copied),
+        forks=[worker_pb2.Fork(parent=parent, child=child, seed=seed) for parent, child, seed in plan.forked],
+        told=_pack_all(plan.told),
+        replaced=_pack_all(plan.replaced),
+        branches=[worker_pb2.Fork(parent=parent, child=child, seed=seed) for parent, child, seed in plan.branched],
     )
 
 
@@ -93,7 +105,7 @@ def _encode_sampling(admission: Admission) -> worker_pb2.Sampling:
         stop_token_ids=pack(sorted(admission.stop_token_ids)) if params.min_tokens else b"",
         bias_token_ids=pack(params.logit_bias.keys()),
         bias_values=pack_floats(params.logit_bias.values()),
-        logprobs=params.logprobs,
+        logprobs=admission.logprobs,
     )
 
 

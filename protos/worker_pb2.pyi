@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class StepPlan(_message.Message):
-    __slots__ = ("epoch", "incarnation", "step", "retire_rows", "admits", "extend_rows", "extend_blocks", "rows", "num_tokens")
+    __slots__ = ("epoch", "incarnation", "step", "retire_rows", "admits", "extend_rows", "extend_blocks", "swap_out", "swap_in", "copies", "forks", "told", "replaced", "branches", "rows", "num_tokens")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
@@ -15,6 +15,13 @@ class StepPlan(_message.Message):
     ADMITS_FIELD_NUMBER: _ClassVar[int]
     EXTEND_ROWS_FIELD_NUMBER: _ClassVar[int]
     EXTEND_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    SWAP_OUT_FIELD_NUMBER: _ClassVar[int]
+    SWAP_IN_FIELD_NUMBER: _ClassVar[int]
+    COPIES_FIELD_NUMBER: _ClassVar[int]
+    FORKS_FIELD_NUMBER: _ClassVar[int]
+    TOLD_FIELD_NUMBER: _ClassVar[int]
+    REPLACED_FIELD_NUMBER: _ClassVar[int]
+    BRANCHES_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     epoch: int
@@ -24,9 +31,16 @@ class StepPlan(_message.Message):
     admits: _containers.RepeatedCompositeFieldContainer[Admit]
     extend_rows: bytes
     extend_blocks: bytes
+    swap_out: bytes
+    swap_in: bytes
+    copies: bytes
+    forks: _containers.RepeatedCompositeFieldContainer[Fork]
+    told: bytes
+    replaced: bytes
+    branches: _containers.RepeatedCompositeFieldContainer[Fork]
     rows: bytes
     num_tokens: bytes
-    def __init__(self, epoch: _Optional[int] = ..., incarnation: _Optional[int] = ..., step: _Optional[int] = ..., retire_rows: _Optional[bytes] = ..., admits: _Optional[_Iterable[_Union[Admit, _Mapping]]] = ..., extend_rows: _Optional[bytes] = ..., extend_blocks: _Optional[bytes] = ..., rows: _Optional[bytes] = ..., num_tokens: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, epoch: _Optional[int] = ..., incarnation: _Optional[int] = ..., step: _Optional[int] = ..., retire_rows: _Optional[bytes] = ..., admits: _Optional[_Iterable[_Union[Admit, _Mapping]]] = ..., extend_rows: _Optional[bytes] = ..., extend_blocks: _Optional[bytes] = ..., swap_out: _Optional[bytes] = ..., swap_in: _Optional[bytes] = ..., copies: _Optional[bytes] = ..., forks: _Optional[_Iterable[_Union[Fork, _Mapping]]] = ..., told: _Optional[bytes] = ..., replaced: _Optional[bytes] = ..., branches: _Optional[_Iterable[_Union[Fork, _Mapping]]] = ..., rows: _Optional[bytes] = ..., num_tokens: _Optional[bytes] = ...) -> None: ...
 
 class Admit(_message.Message):
     __slots__ = ("row", "token_ids", "num_prompt_tokens", "num_computed_tokens", "block_ids", "sampling")
@@ -43,6 +57,16 @@ class Admit(_message.Message):
     block_ids: bytes
     sampling: Sampling
     def __init__(self, row: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., num_prompt_tokens: _Optional[int] = ..., num_computed_tokens: _Optional[int] = ..., block_ids: _Optional[bytes] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ...) -> None: ...
+
+class Fork(_message.Message):
+    __slots__ = ("parent", "child", "seed")
+    PARENT_FIELD_NUMBER: _ClassVar[int]
+    CHILD_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    parent: int
+    child: int
+    seed: int
+    def __init__(self, parent: _Optional[int] = ..., child: _Optional[int] = ..., seed: _Optional[int] = ...) -> None: ...
 
 class Sampling(_message.Message):
     __slots__ = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed", "min_tokens", "stop_token_ids", "bias_token_ids", "bias_values", "logprobs")
@@ -109,7 +133,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class WorkerDescription(_message.Message):
-    __slots__ = ("incarnation", "rank", "tensor_parallel_size", "device", "dtype", "num_blocks", "block_size", "bytes_per_block", "weight_bytes", "epoch", "step")
+    __slots__ = ("incarnation", "rank", "tensor_parallel_size", "device", "dtype", "num_blocks", "block_size", "bytes_per_block", "weight_bytes", "epoch", "step", "num_swap_blocks", "link_bytes_per_s", "prefill_tokens_per_s")
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     TENSOR_PARALLEL_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -121,6 +145,9 @@ class WorkerDescription(_message.Message):
     WEIGHT_BYTES_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
+    NUM_SWAP_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    LINK_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
     incarnation: int
     rank: int
     tensor_parallel_size: int
@@ -132,4 +159,7 @@ class WorkerDescription(_message.Message):
     weight_bytes: int
     epoch: int
     step: int
-    def __init__(self, incarnation: _Optional[int] = ..., rank: _Optional[int] = ..., tensor_parallel_size: _Optional[int] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., num_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., bytes_per_block: _Optional[int] = ..., weight_bytes: _Optional[int] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ...) -> None: ...
+    num_swap_blocks: int
+    link_bytes_per_s: float
+    prefill_tokens_per_s: float
+    def __init__(self, incarnation: _Optional[int] = ..., rank: _Optional[int] = ..., tensor_parallel_size: _Optional[int] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., num_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., bytes_per_block: _Optional[int] = ..., weight_bytes: _Optional[int] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., num_swap_blocks: _Optional[int] = ..., link_bytes_per_s: _Optional[float] = ..., prefill_tokens_per_s: _Optional[float] = ...) -> None: ...

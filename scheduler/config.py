@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+PREEMPTION_MODES = ("auto", "swap", "recompute")
+
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
@@ -30,7 +32,35 @@ class SchedulerConfig:
     watermark: float = 0.01
     """Share of the pool that admission leaves free, so that a new prompt does not at once evict somebody."""
 
+    enable_prefix_caching: bool = True
+    """Find full blocks again by what they hold."""
+
+    preemption_mode: str = "auto"
+    """What becomes of a preempted request's KV: "swap": it goes to the swap space; "recompute": it is computed again;
+    "auto": whichever is estimated to take less time."""
+
+    num_swap_blocks: int = 0
+    """Blocks of the swap space, on each rank. Without any every preemption is by recompute."""
+
+    block_bytes: int = 0
+    """Bytes of one block on one rank."""
+
+    link_bytes_per_s: float = 0.0
+    """Measured speed of copies between pool and swap space; 0: unknown, and "auto" recomputes."""
+
+    prefill_tokens_per_s: float = 0.0
+    """Measured speed at which prompts are computed; 0: unknown, and "auto" recomputes."""
+
     def __post_init__(self) -> None:
+        if self.preemption_mode not in PREEMPTION_MODES:
+            raise ValueError(
+                f"preemption_mode must be one of {', '.join(PREEMPTION_MODES)}, not {self.preemption_mode!r}"
+            )
+        if not 0 <= self.num_swap_blocks <= self.num_blocks:
+            raise ValueError(
+                f"num_swap_blocks must be from 0 to num_blocks ({self.num_blocks}), not {self.num_swap_blocks}: what is"
+                " swapped out never exceeds the pool"
+            )
         for name in ("num_blocks", "block_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")

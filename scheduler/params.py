@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 MAX_N = 128
+MAX_BEAM_WIDTH = 32
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
@@ -42,6 +43,21 @@ class SamplingParams:
 
     n: int = 1
     """Independent samples of the prompt."""
+
+    best_of: int | None = None
+    """Samples to make, of which the n with the highest mean log-probability are returned, best first, when all have
+    ended. None: n."""
+
+    beam_width: int | None = None
+    """Beam search over so many candidates, of which the n best are returned, best first, when all is over. None: off."""
+
+    length_penalty: float = 1.0
+    """Beam search ranks answers by their log-probability divided by their length to this power: above 0 favours long
+    ones."""
+
+    early_stopping: bool | str = False
+    """When beam search ends: True: with `beam_width` complete answers; False: when no better one is likely; "never":
+    when no better one is possible."""
 
     max_tokens: int | None = DefaultTokens(16)
     """Output tokens at most; None: as many as the model's context leaves room for. Given, there must be room for them;
@@ -102,6 +118,17 @@ class SamplingParams:
         self._check_counts()
         self._check_floats()
         self._check_lists()
+        self._check_search()
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences that run for the request."""
+        return self.beam_width or self.best_of or self.n
+
+    @property
+    def is_ranked(self) -> bool:
+        """Whether the answers are known only when all have ended."""
+        return self.beam_width is not None or self.num_sequences > self.n
 
     def _check_counts(self) -> None:
         _require_int("n", self.n, 1, MAX_N)
@@ -113,6 +140,30 @@ class SamplingParams:
             _require_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         if self.seed is not None:
             _require_int("seed", self.seed, -(1 << 63), (1 << 64) - 1)
+
+    def _check_search(self) -> None:
+        if self.best_of is not None:
+            _require_int("best_of", self.best_of, 1, MAX_N)
+            if self.best_of < self.n:
+                raise InvalidRequest("best_of", f"best_of is {self.best_of}, fewer than n, which is {self.n}; raise it")
+        if self.early_stopping not in (True, False, "never"):
+            raise InvalidRequest(
+                "early_stopping", f'early_stopping must be true, false or "never", not {self.early_stopping!r}'
+            )
+        _require_float("length_penalty", self.length_penalty, -100.0, 100.0)
+        if self.beam_width is None:
+            return
+        _require_int("beam_width", self.beam_width, 1, MAX_BEAM_WIDTH)
+        if self.n > self.beam_width:
+            raise InvalidRequest("n", f"n is {self.n}, more than beam_width, which is {self.beam_width}; lower it")
+        if self.best_of is not None:
+            raise InvalidRequest(
+                "best_of", "best_of is for sampling; beam search makes beam_width answers; leave it out"
+            )
+        if self.temperature not in (0.0, 1.0) or (self.top_p, self.top_k, self.min_p) != (1.0, 0, 0.0):
+            raise InvalidRequest(
+                "beam_width", "beam search does not sample; leave temperature, top_p, top_k and min_p out"
+            )
 
     def _check_floats(self) -> None:
         _require_float("temperature", self.temperature, 0.0, MAX_TEMPERATURE)

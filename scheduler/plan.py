@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from quire.scheduler.params import SamplingParams
+from quire.scheduler.request import Request
 from quire.scheduler.sequence import FinishReason, Sequence
 
 
@@ -26,11 +27,21 @@ class Admission:
     params: SamplingParams
     seed: int
     stop_token_ids: frozenset[int]
+    logprobs: int | None = None
+    """Log-probabilities that the row reports: None: none; 0: of the sampled token; k: of the k most likely too."""
+
+
+class Fork(NamedTuple):
+    """An empty row becomes a copy of another: its tokens, its block table, its settings."""
+
+    parent: int
+    child: int
+    seed: int
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step, as differences to what the workers' rows already hold. Fields are applied in this order."""
+    """One step, as differences to what the workers' rows and pools already hold. Fields are applied in this order."""
 
     step: int
     """1, 2, 3 … without gaps."""
@@ -44,7 +55,23 @@ class StepPlan:
     num_tokens: tuple[int, ...]
     """Tokens each of them computes; empty when each computes one."""
     num_sampled: int
-    """Rows among them that sample a token: those whose computed tokens reach their known ones."""
+    """Tokens that are sampled: one by each of these rows whose computed tokens reach its known ones, in their order,
+    then one by each branch."""
+    forked: tuple[Fork, ...] = ()
+    """Applied after `retired`: a child may take the row of a sequence that is gone. Copies of beams."""
+    told: tuple[tuple[int, int], ...] = ()
+    """(row, token): the row's last known token, which it had sampled itself, is this one. After `forked`."""
+    replaced: tuple[tuple[int, int, int], ...] = ()
+    """(row, index, block): entry `index` of the row's table is this block. After `forked`, before `extended`."""
+    branched: tuple[Fork, ...] = ()
+    """Applied when the step's rows have computed: the parent has computed all that it knows, and the child samples a
+    token of its own, by its own seed, from the parent's logits. Samples of one prompt."""
+    swapped_out: tuple[tuple[int, int], ...] = ()
+    """(block, slot): the block's content goes to the slot of the swap space. Before any other movement of blocks."""
+    swapped_in: tuple[tuple[int, int], ...] = ()
+    """(slot, block): and comes back. After `swapped_out`."""
+    copied: tuple[tuple[int, int], ...] = ()
+    """(source, destination), all at once; no destination is a source. After `swapped_in`, before anything computes."""
 
     @property
     def total_tokens(self) -> int:
@@ -63,7 +90,7 @@ class Logprobs(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step brought: one token for every row that sampled, in batch order."""
+    """What a step brought: one token for every row that sampled, in batch order, then one for every branch."""
 
     step: int
     token_ids: tuple[int, ...]
@@ -83,6 +110,23 @@ class TokenEvent(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class Answer:
+    """One of the answers of a request whose answers are ranked: beam search, and best_of above n."""
+
+    request: Request
+    index: int
+    """Its rank: 0 is the best."""
+    token_ids: tuple[int, ...]
+    """The output; where it ended with a stop token, that is the last."""
+    logprobs: tuple[Logprobs, ...]
+    """One for each token where the request asked for them; else empty."""
+    cumulative_logprob: float
+    score: float
+    """What it was ranked by: beam search: with the length penalty; best_of: the mean log-probability."""
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True, slots=True)
 class StepEvents:
     """What a step brought to the sequences still in progress, by columns: one token for each.
 
@@ -94,6 +138,9 @@ class StepEvents:
     """By position: the sequences that end with this token."""
     logprobs: dict[int, Logprobs] = field(default_factory=dict)
     """By position, for the sequences that asked."""
+    answers: tuple[Answer, ...] = ()
+    """All answers of the requests that ended with this step and whose answers are ranked; their sequences are in no
+    column."""
 
     def __len__(self) -> int:
         return len(self.token_ids)

@@ -33,9 +33,18 @@ class Request:
     max_len: int
     """Tokens of prompt and output together at which a sequence is full."""
 
+    cache_salt: str = ""
+    """Blocks are found again by requests with the same salt only."""
+
     @classmethod
     def checked(
-        cls, request_id: str, prompt: Sequence[int], params: SamplingParams, seed: int, limits: ModelLimits
+        cls,
+        request_id: str,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        seed: int,
+        limits: ModelLimits,
+        cache_salt: str = "",
     ) -> Request:
         """Raises InvalidRequest with a sentence that says what to change."""
         _check_prompt(prompt, limits)
@@ -60,6 +69,7 @@ class Request:
             seed=seed & ((1 << 64) - 1),
             stop_token_ids=frozenset(eos).union(params.stop_token_ids),
             max_len=len(prompt) + max_tokens,
+            cache_salt=cache_salt,
         )
 
     def sample_seed(self, index: int) -> int:

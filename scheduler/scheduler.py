@@ -342,6 +342,7 @@ def _admission(sequence: Sequence) -> Admission:
         params=request.params,
         seed=request.sample_seed(sequence.index),
         stop_token_ids=request.stop_token_ids,
+        logprobs=request.params.logprobs,
     )
 
 
