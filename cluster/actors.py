@@ -20,7 +20,7 @@ from quire.cluster.gateway import Gateway, GatewayConfig, read_tokenizer
 from quire.cluster.laps import Laps, process_started
 from quire.cluster.relay import RelayService
 from quire.cluster.servers import GenerationServer
-from quire.protos import generation_pb2, generation_pb2_grpc
+from quire.protos import generation_pb2, generation_pb2_grpc, worker_pb2
 from quire.protos.channel import WORKER_SERVER_OPTIONS
 from quire.worker.config import WorkerConfig
 
@@ -77,6 +77,11 @@ class WorkerActor:
         target = self._server.serve(host)
         incarnation = self._server.describe().incarnation
         return WorkerAddress(self._config.rank, target, incarnation, socket.gethostname(), os.getpid())
+
+    def describe(self) -> worker_pb2.WorkerDescription:
+        """What it is and holds, once it serves."""
+        description: worker_pb2.WorkerDescription = self._server.describe()
+        return description
 
     def laps(self) -> dict[str, float]:
         """Seconds by stage, from this process's start to the end of its warm-up."""

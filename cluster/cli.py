@@ -35,12 +35,12 @@ class _Parsed(click.ParamType[int]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         if isinstance(value, int):
             return value
-        from quire.cluster import config
+        from quire.cluster import sizes
 
-        parse: Callable[[str], int] = getattr(config, self._parser)
+        parse: Callable[[str], int] = getattr(sizes, self._parser)
         try:
             return parse(value)
-        except config.ConfigError as error:
+        except ValueError as error:
             self.fail(str(error), param, ctx)
 
 
@@ -93,7 +93,14 @@ engine_options = options(
     option("--kv-cache-memory-bytes", type=BYTES, help="Size of each rank's KV pool: 512M, 2GiB.  [default: measured]"),
     option("--num-gpu-blocks-override", type=int, help="Exact number of KV blocks."),
     option("--max-num-seqs", type=int, help="Sequences that run at once.  [default: 256 on a GPU, 64 on a CPU]"),
-    option("--max-num-batched-tokens", type=COUNT, help="Tokens of the largest step.  [default: 2048]"),
+    option("--max-num-batched-tokens", type=COUNT,
+           help="Tokens of the largest step.  [default: 2048 on a GPU, 512 on a CPU]"),
+    option("--swap-space", type=float,
+           help="GiB of host memory per rank for what is preempted.  [default: 4 on a GPU, 0 on a CPU]"),
+    option("--preemption-mode", type=click.Choice(["auto", "swap", "recompute"]), default="auto",
+           help="What becomes of the KV of a preempted request; auto: what takes less time."),
+    option("--enable-prefix-caching/--no-enable-prefix-caching", default=True,
+           help="Compute what several prompts begin with once."),
     option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="auto: a GPU if there is one."),
     option("--deterministic", is_flag=True,
            help="A request's output is the same to the last bit whatever runs beside it."),
@@ -108,9 +115,15 @@ sampling_options = options(
     option("--top-p", type=float, help="Sample from the smallest set of this probability."),
     option("--top-k", type=int, help="Sample from the k likeliest tokens."),
     option("--seed", type=int, help="Same seed, same output."),
+    option("--best-of", type=int, help="Make so many samples; answer with those of the highest mean log-probability."),
+    option("--beam-width", type=int, help="Beam search with so many candidates, instead of sampling."),
+    option("--length-penalty", type=float, help="Of beam search: above 0 favours long answers.  [default: 1]"),
+    option("--early-stopping", type=click.Choice(["true", "false", "never"]),
+           help="Beam search ends with enough answers; when no better is likely; or possible.  [default: false]"),
+    option("--cache-salt", help="Share what is computed only with requests of the same salt."),
     option("--stop", multiple=True, help="End before this text; may be given several times."),
     option("--timeout", type=float, help="Seconds for each answer at most."),
-)
+)  # fmt: skip
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -136,6 +149,10 @@ def cli() -> None:
                  help="Ray cluster to join.  [default: a local one is started]"),
     option("--step-timeout", type=float, help="Seconds after which a step counts as hung.  [default: by device]"),
     option("--drain-timeout", type=float, default=60.0, help="Seconds to finish open requests after a signal."),
+    option("--reserve-prefix", multiple=True, metavar="FILE",
+           help="Keep what many prompts begin with: a file of text, or JSON that says more; may be given several times."),
+    option("--enable-admin/--no-enable-admin", default=None,
+           help="Let this port reserve and release prefixes.  [default: if only this machine reaches it]"),
     click.option("--trust-remote-code", is_flag=True, hidden=True, expose_value=False, callback=_refuse_remote_code),
 )  # fmt: skip
 def serve(
@@ -145,11 +162,14 @@ def serve(
     address: str | None,
     step_timeout: float | None,
     drain_timeout: float,
+    reserve_prefix: tuple[str, ...],
+    enable_admin: bool | None,
     **engine: Any,
 ) -> int:
     """Serve MODEL: a folder in Hugging Face's format. Without MODEL: the small one that comes with Quire."""
     from quire.cluster.config import ServeConfig
     from quire.cluster.laps import process_started
+    from quire.cluster.prefixes import read_prefix
 
     process_started()  # before a fork, so that what follows counts from here
     with _mistakes():
@@ -161,6 +181,8 @@ def serve(
             address=address,
             step_timeout=step_timeout,
             drain_timeout=drain_timeout,
+            reserved_prefixes=tuple(map(read_prefix, reserve_prefix)),
+            enable_admin=enable_admin,
         )
         _check_model(config.engine)
     from quire.cluster import fate
@@ -192,7 +214,7 @@ def plan(gpu_memory: int | None, **engine: Any) -> int:
 @click.argument("prompt")
 @url_option
 @sampling_options
-@option("--n", type=int, help="Independent samples; shown one after the other.")
+@option("--n", type=int, help="Answers: independent samples, or the best of more; shown one after the other.")
 @option("--logprobs", type=int, help="Show every token's log-probability, and those of the k likeliest, on stderr.")
 @click.option("--no-stream", is_flag=True, help="Print the answer when it is complete.")
 def generate(prompt: str, url: str, no_stream: bool, **sampling: Any) -> None:
@@ -232,6 +254,57 @@ def chat(url: str, system: str | None, **sampling: Any) -> None:
                 history.pop()
             else:
                 history.append({"role": "assistant", "content": answer})
+
+
+@cli.command()
+@url_option
+def load(url: str) -> None:
+    """Show how busy a server is and where its memory is."""
+    from quire.cluster.load import render
+
+    with _client(url) as client:
+        click.echo(render(client.load()))
+
+
+@cli.group()
+def prefix() -> None:
+    """Keep in memory what many prompts begin with."""
+
+
+@prefix.command()
+@click.argument("file")
+@url_option
+@click.option("--name", help="Instead of the file's own.")
+@click.option("--cache-salt", help="Only for requests of this salt.")
+def reserve(file: str, url: str, name: str | None, cache_salt: str | None) -> None:
+    """Keep what FILE holds: text, or JSON that says more, as for serve --reserve-prefix."""
+    from quire.cluster.prefixes import read_prefix
+
+    with _mistakes():
+        given = read_prefix(file)
+    with _client(url) as client:
+        salt = given.cache_salt if cache_salt is None else cache_salt
+        reserved = client.reserve_prefix(given.name if name is None else name, given.content, salt)
+        click.echo(f"{reserved.name}: {reserved.num_tokens} tokens")
+
+
+@prefix.command()
+@click.argument("name")
+@url_option
+def release(name: str, url: str) -> None:
+    """Keep the prefix NAME no longer."""
+    with _client(url) as client:
+        client.release_prefix(name)
+
+
+@prefix.command(name="list")
+@url_option
+def list_prefixes(url: str) -> None:
+    """Show what is kept, and how often it was of use."""
+    with _client(url) as client:
+        for kept in client.prefixes():
+            state = f"{kept.num_blocks} blocks, {kept.num_hits} hits" if kept.is_ready else "on its way"
+            click.echo(f"{kept.name}: {kept.num_tokens} tokens, {state}")
 
 
 def _answer(client: Client, history: list[dict[str, str]], interactive: bool, sampling: Any) -> str | None:

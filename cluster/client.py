@@ -60,13 +60,17 @@ class Client:
         *,
         model: str = "",
         request_id: str = "",
+        cache_salt: str | None = None,
         timeout: float | None = None,
         **sampling: Any,
     ) -> Iterator[pb.GenerateResponse]:
-        """Stream the answer's messages. `sampling`: the fields of SamplingParams; None is as good as not given."""
-        request = pb.GenerateRequest(model=model, request_id=request_id)
-        _set_prompt(request, prompt)
+        """Stream the answer's messages. `sampling`: the fields of SamplingParams; None is as good as not given.
+        `early_stopping` is True, False or "never"."""
+        request = pb.GenerateRequest(model=model, request_id=request_id, cache_salt=cache_salt)
+        set_prompt(request, prompt)
         given = {name: value for name, value in sampling.items() if value is not None}
+        if "early_stopping" in given:
+            given["early_stopping"] = f"EARLY_STOPPING_{given['early_stopping']}".upper()
         request.sampling.CopyFrom(pb.SamplingParams(**given))
         call = self._stub.Generate(request, timeout=timeout)
         try:
@@ -77,7 +81,7 @@ class Client:
             call.cancel()
 
     def complete(self, prompt: Prompt, **options: Any) -> str:
-        """The whole text of the first sample."""
+        """The whole text of the first sample, or of the best answer."""
         return "".join(text for index, text in texts(self.generate(prompt, **options)) if index == 0)
 
     def chat(self, messages: Sequence[Mapping[str, str]], **options: Any) -> Iterator[str]:
@@ -91,7 +95,7 @@ class Client:
         self, prompt: str | Sequence[Mapping[str, str]], timeout: float | None = None, **options: Any
     ) -> list[int]:
         request = pb.TokenizeRequest(**options)
-        _set_prompt(request, prompt)
+        set_prompt(request, prompt)
         response: pb.TokenizeResponse = self._call(self._stub.Tokenize, request, timeout)
         return list(response.token_ids)
 
@@ -107,6 +111,22 @@ class Client:
     def load(self, timeout: float | None = None) -> pb.Load:
         load: pb.Load = self._call(self._stub.GetLoad, pb.GetLoadRequest(), timeout)
         return load
+
+    def reserve_prefix(
+        self, name: str, prefix: Prompt, cache_salt: str = "", timeout: float | None = None
+    ) -> pb.ReservedPrefix:
+        """Keep what prompts begin with: text, token ids, or the first messages of conversations."""
+        request = pb.ReservePrefixRequest(name=name, cache_salt=cache_salt)
+        set_prompt(request, prefix)
+        reserved: pb.ReservedPrefix = self._call(self._stub.ReservePrefix, request, timeout)
+        return reserved
+
+    def release_prefix(self, name: str, timeout: float | None = None) -> None:
+        self._call(self._stub.ReleasePrefix, pb.ReleasePrefixRequest(name=name), timeout)
+
+    def prefixes(self, timeout: float | None = None) -> list[pb.ReservedPrefix]:
+        listed: pb.ListPrefixesResponse = self._call(self._stub.ListPrefixes, pb.ListPrefixesRequest(), timeout)
+        return list(listed.prefixes)
 
     def wait_ready(self, timeout: float) -> pb.ModelInfo:
         """Until the model is served; a server that is still starting or loading is waited for."""
@@ -149,8 +169,9 @@ def texts(responses: Iterator[pb.GenerateResponse]) -> Iterator[tuple[int, str]]
                 yield response.finished.index, response.finished.text
 
 
-def _set_prompt(request: Any, prompt: Prompt) -> None:
-    """Into the oneof of a GenerateRequest or a TokenizeRequest; the empty list is a list of token ids."""
+def set_prompt(request: Any, prompt: Prompt) -> None:
+    """Into the oneof of a GenerateRequest, a ReservePrefixRequest or a TokenizeRequest; the empty list is a list of
+    token ids."""
     if isinstance(prompt, str):
         request.text = prompt
         return

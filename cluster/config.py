@@ -11,27 +11,35 @@ import importlib.metadata
 import math
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import quire.worker.config
+from quire.scheduler.config import PREEMPTION_MODES, SchedulerConfig
 from quire.scheduler.request import ModelLimits
 from quire.worker.config import WorkerConfig
 from quire.worker.models.checkpoint import open_checkpoint
 from quire.worker.models.spec import DTYPES, ModelSpec
 
 if TYPE_CHECKING:
-    from quire.protos import generation_pb2
+    from quire.cluster.prefixes import Prefix
+    from quire.protos import generation_pb2, worker_pb2
 
 DEVICES = ("cpu", "cuda")
 LOAD_FORMATS = ("auto", "dummy")
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 BUNDLED_NAME = "quire-demo"
 CPU_MAX_MODEL_LEN = 4096
 """On a CPU a longer context is had by asking for it: its prompts take minutes and its KV cache gigabytes."""
 MAX_NUM_SEQS = {"cuda": 256, "cpu": 64}
-MAX_NUM_BATCHED_TOKENS = 2048
+MAX_NUM_BATCHED_TOKENS = {"cuda": 2048, "cpu": 512}
+"""On a CPU larger steps bring no more tokens per second, and who has just come waits for them to end."""
+OFFLINE_NUM_BATCHED_TOKENS = 2048
+"""Where nobody waits for a first token."""
+SWAP_SPACE_GIB = 4.0
 MAX_BLOCK_SIZE = 1024
 WAITING_PER_SEQUENCE = 8
 
@@ -59,6 +67,11 @@ class EngineConfig:
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     max_num_waiting: int | None = None
+    swap_space: float | None = None
+    """GiB of host memory for each rank's preempted requests. None: 4 on a GPU. On a CPU none, unless preemption is by
+    swap: there it is the pool's own memory, and better given to the pool."""
+    preemption_mode: str = "auto"
+    enable_prefix_caching: bool = True
     seed: int = 0
     load_format: str = "auto"
     deterministic: bool = False
@@ -84,6 +97,10 @@ class ServeConfig:
     """Seconds after which a step counts as hung. None: chosen by the device."""
     drain_timeout: float = 60.0
     """Seconds that requests in progress may take to finish after a signal."""
+    reserved_prefixes: tuple[Prefix, ...] = ()
+    """Kept from the start."""
+    enable_admin: bool | None = None
+    """Serve the operator's calls on the public port. None: where only this machine reaches it."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.grpc_port <= 65535:
@@ -96,6 +113,13 @@ class ServeConfig:
         for name in self.served_model_names:
             if not 0 < len(name) <= 128 or not name.isprintable():
                 raise ConfigError(f"--served-model-name must have 1 to 128 printable characters, unlike {name[:128]!r}")
+        names = [prefix.name for prefix in self.reserved_prefixes]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ConfigError(f"two reserved prefixes are named {twice!r}: rename one")
+
+    @property
+    def serves_admin(self) -> bool:
+        return self.host in LOOPBACK if self.enable_admin is None else self.enable_admin
 
     def names(self, engine: ResolvedEngine) -> tuple[str, ...]:
         """Names under which clients may ask for the model; the first is shown."""
@@ -123,6 +147,10 @@ class ResolvedEngine:
     max_num_seqs: int
     max_num_batched_tokens: int
     max_num_waiting: int
+    swap_space_bytes: int
+    """On each rank; the pool's size is the most that is taken."""
+    preemption_mode: str
+    enable_prefix_caching: bool
     seed: int
     load_format: str
     deterministic: bool
@@ -151,9 +179,27 @@ class ResolvedEngine:
             gpu_memory_utilization=self.gpu_memory_utilization,
             kv_cache_memory_bytes=self.kv_cache_memory_bytes,
             num_gpu_blocks_override=self.num_gpu_blocks_override,
+            swap_space_bytes=self.swap_space_bytes,
             deterministic=self.deterministic,
             enforce_eager=self.enforce_eager,
             seed=self.seed,
+        )
+
+    def scheduler_config(self, num_blocks: int, ranks: Sequence[worker_pb2.WorkerDescription]) -> SchedulerConfig:
+        """With what every rank has, and at the pace of the slowest: they do everything together."""
+        return SchedulerConfig(
+            num_blocks=num_blocks,
+            block_size=self.block_size,
+            max_model_len=self.max_model_len,
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            max_num_waiting=self.max_num_waiting,
+            enable_prefix_caching=self.enable_prefix_caching,
+            preemption_mode=self.preemption_mode,
+            num_swap_blocks=min(num_blocks, *(rank.num_swap_blocks for rank in ranks)),
+            block_bytes=max(rank.bytes_per_block for rank in ranks),
+            link_bytes_per_s=min(rank.link_bytes_per_s for rank in ranks),
+            prefill_tokens_per_s=min(rank.prefill_tokens_per_s for rank in ranks),
         )
 
     def model_info(self, config: ServeConfig, num_blocks: int) -> generation_pb2.ModelInfo:
@@ -177,8 +223,9 @@ class ResolvedEngine:
         )
 
 
-def resolve(config: EngineConfig) -> ResolvedEngine:
-    """Raises ConfigError or ModelError, both ValueErrors, for what cannot be served."""
+def resolve(config: EngineConfig, offline: bool = False) -> ResolvedEngine:
+    """Raises ConfigError or ModelError, both ValueErrors, for what cannot be served. `offline`: all requests are there
+    at once, and how soon one of them begins does not matter."""
     _check(config)
     folder = find_model(config.model)
     spec = ModelSpec.from_pretrained(folder)
@@ -189,6 +236,7 @@ def resolve(config: EngineConfig) -> ResolvedEngine:
     device = config.device if config.device != "auto" else "cuda" if gpu_is_visible() else "cpu"
     max_model_len = _max_model_len(config, spec, device, notes)
     max_num_seqs = config.max_num_seqs or MAX_NUM_SEQS[device]
+    step_tokens = OFFLINE_NUM_BATCHED_TOKENS if offline else MAX_NUM_BATCHED_TOKENS[device]
     dtype = _dtype(config, spec, device, notes)
     engine = ResolvedEngine(
         spec=spec,
@@ -204,10 +252,13 @@ def resolve(config: EngineConfig) -> ResolvedEngine:
         kv_cache_memory_bytes=config.kv_cache_memory_bytes,
         num_gpu_blocks_override=config.num_gpu_blocks_override,
         max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens or max(MAX_NUM_BATCHED_TOKENS, max_num_seqs),
+        max_num_batched_tokens=config.max_num_batched_tokens or max(step_tokens, max_num_seqs),
         max_num_waiting=config.max_num_waiting
         if config.max_num_waiting is not None
         else WAITING_PER_SEQUENCE * max_num_seqs,
+        swap_space_bytes=_swap_space(config, device),
+        preemption_mode=config.preemption_mode,
+        enable_prefix_caching=config.enable_prefix_caching,
         seed=config.seed,
         load_format=config.load_format,
         deterministic=config.deterministic,
@@ -228,6 +279,7 @@ def _check(config: EngineConfig) -> None:
         ("--dtype", config.dtype, ("auto", *DTYPES)),
         ("--kv-cache-dtype", config.kv_cache_dtype, ("auto", "fp8")),
         ("--load-format", config.load_format, LOAD_FORMATS),
+        ("--preemption-mode", config.preemption_mode, PREEMPTION_MODES),
     ):
         if value not in known:
             raise ConfigError(f"{flag} must be one of {', '.join(known)}, not {value!r}")
@@ -244,6 +296,10 @@ def _check(config: EngineConfig) -> None:
         raise ConfigError(f"--max-num-waiting must not be negative, unlike {config.max_num_waiting}")
     if config.run_ahead < 0:
         raise ConfigError(f"--run-ahead must be 0, one step at a time, or more, not {config.run_ahead}")
+    if config.swap_space is not None and not 0 <= config.swap_space < 1 << 20:  # not a number is refused too
+        raise ConfigError(f"--swap-space must be a number of GiB that is not negative, not {config.swap_space}")
+    if config.preemption_mode == "swap" and config.swap_space == 0:
+        raise ConfigError("--preemption-mode swap needs a swap space: leave --swap-space 0 out, or choose auto")
     size = config.block_size
     if not 1 <= size <= MAX_BLOCK_SIZE or size & (size - 1):
         raise ConfigError(f"--block-size must be a power of two from 1 to {MAX_BLOCK_SIZE}, not {size}")
@@ -284,6 +340,14 @@ def _max_model_len(config: EngineConfig, spec: ModelSpec, device: str, notes: li
     if given > longest:
         raise ConfigError(f"--max-model-len {given} is more than the model's {longest} positions: lower it")
     return given
+
+
+def _swap_space(config: EngineConfig, device: str) -> int:
+    """In bytes."""
+    if config.preemption_mode == "recompute":
+        return 0
+    default = SWAP_SPACE_GIB if device == "cuda" or config.preemption_mode == "swap" else 0.0
+    return int((default if config.swap_space is None else config.swap_space) * (1 << 30))
 
 
 def _dtype(config: EngineConfig, spec: ModelSpec, device: str, notes: list[str]) -> str:
@@ -360,32 +424,3 @@ def version() -> str:
         return importlib.metadata.version("quire")
     except importlib.metadata.PackageNotFoundError:  # run from a source tree
         return "unknown"
-
-
-# -- sizes as people write them
-
-
-_COUNT = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
-_BYTES = {
-    **{"": 1, "B": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12},
-    **{"kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12},
-    **{"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40},
-}
-
-
-def parse_count(text: str) -> int:
-    """As vLLM: 1k is 1000, 1K is 1024, 25.6k is 25600."""
-    return _parse(text, _COUNT, "a whole number, or one with k (1000) or K (1024) behind it")
-
-
-def parse_bytes(text: str) -> int:
-    """2GiB and 2G are 2^31; 2GB and 2g are 2 billion."""
-    return _parse(text, _BYTES, "a number of bytes, such as 512M, 2GiB or 8GB")
-
-
-def _parse(text: str, units: dict[str, int], expected: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip(), re.ASCII)
-    value = float(match[1]) * units[match[2]] if match and match[2] in units else -1.0
-    if not value.is_integer() or not 0 <= value < 2**63:
-        raise ConfigError(f"{text[:40]!r} is not {expected}")
-    return int(value)

@@ -12,9 +12,9 @@ import logging
 import queue
 import secrets
 import threading
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import grpc
 
@@ -23,14 +23,14 @@ from quire.cluster.errors import RequestError
 from quire.cluster.executor import GrpcExecutor, WorkerAddress, WorkerLost
 from quire.cluster.quiet import IDLE_S, QuietCollector
 from quire.cluster.servers import Context
+from quire.cluster.streams import Stream
 from quire.protos import generation_pb2, generation_pb2_grpc
 from quire.scheduler.config import SchedulerConfig
 from quire.scheduler.engine import Engine, Executor
 from quire.scheduler.params import InvalidRequest, QueueFull
-from quire.scheduler.plan import Logprobs, StepEvents
-from quire.scheduler.request import ModelLimits, Request
+from quire.scheduler.plan import StepEvents
+from quire.scheduler.request import ModelLimits, Request, check_cache_salt, check_prompt
 from quire.scheduler.scheduler import Scheduler
-from quire.scheduler.sequence import FinishReason
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +111,8 @@ class EngineThread:
             self._executor.start()
             while self._take_calls(quiet):
                 self._executor.check()
-                if events := self._engine.step():
+                events = self._engine.step()
+                if events.token_ids or events.answers:
                     self._on_events(events)
                 quiet.after_step()
         except Exception as error:  # the thread's edge: whoever holds a stream is told
@@ -156,96 +157,13 @@ def _reject(future: asyncio.Future[Any], error: Exception) -> None:
         future.set_exception(error)
 
 
-class _Sample:
-    """What has come for one sample of a request and has not been sent, and how it ended."""
-
-    __slots__ = ("end", "index", "is_open", "is_unfinished", "logprobs", "num_sent", "token_ids")
-
-    def __init__(self, index: int) -> None:
-        self.index = index
-        self.token_ids: list[int] = []
-        self.logprobs: list[Logprobs] = []
-        self.end: FinishReason | None = None
-        self.num_sent = 0
-        self.is_unfinished = True
-        """The engine still works on it."""
-        self.is_open = True
-        """Its end has not been handed to the reader."""
-
-    def take_messages(self, stop_token_ids: Collection[int]) -> list[generation_pb2.GenerateResponse]:
-        """What there is to send, in as few messages as may be. Raises RequestError."""
-        if self.end is FinishReason.ERROR:
-            raise RequestError(grpc.StatusCode.INTERNAL, "the model's logits were not numbers", reason="NAN_LOGITS")
-        token_ids, logprobs = self.token_ids, self.logprobs
-        self.token_ids, self.logprobs = [], []
-        messages = []
-        for start in range(0, len(token_ids), wire.MAX_TOKENS_PER_MESSAGE):
-            part = slice(start, start + wire.MAX_TOKENS_PER_MESSAGE)
-            messages.append(wire.encode_output(self.index, self.num_sent, token_ids[part], logprobs[part]))
-            self.num_sent += len(token_ids[part])
-        if self.end is not None:
-            self.is_open = False
-            is_named = self.end is FinishReason.STOP and token_ids[-1] in stop_token_ids
-            stop_token = token_ids[-1] if is_named else None
-            messages.append(wire.encode_finished(self.index, self.num_sent, self.end, stop_token))
-        return messages
-
-
-class _Stream:
-    """One open request: tokens wait here until its reader takes them, however slow it is."""
-
-    def __init__(self, request: Request) -> None:
-        self.request = request
-        self.error: RequestError | None = None
-        self._samples = [_Sample(index) for index in range(request.params.n)]
-        self._ready = asyncio.Event()
-
-    def push(self, index: int, token: int, end: FinishReason | None, logprobs: Logprobs | None) -> None:
-        sample = self._samples[index]
-        sample.token_ids.append(token)
-        if logprobs is not None:
-            sample.logprobs.append(logprobs)
-        if end is not None:
-            sample.end = end
-            sample.is_unfinished = False
-        if not self._ready.is_set():
-            self._ready.set()
-
-    @property
-    def is_unfinished(self) -> bool:
-        return any(sample.is_unfinished for sample in self._samples)
-
-    def drop(self, index: int) -> None:
-        """Forget one sample: nobody waits for its end any more."""
-        if 0 <= index < len(self._samples):
-            self._samples[index].is_open = self._samples[index].is_unfinished = False
-        self._ready.set()
-
-    def fail(self, error: RequestError) -> None:
-        self.error = error
-        self._ready.set()
-
-    async def messages(self) -> AsyncIterator[generation_pb2.GenerateResponse]:
-        """Everything up to the last sample's end. Raises RequestError."""
-        open_samples = self._samples
-        while open_samples := [sample for sample in open_samples if sample.is_open]:
-            await self._ready.wait()
-            self._ready.clear()
-            for sample in open_samples:
-                if sample.is_open and sample.token_ids:
-                    for message in sample.take_messages(self.request.params.stop_token_ids):
-                        yield message
-            if self.error is not None and any(sample.is_open for sample in open_samples):
-                raise self.error
-
-
 class Controller(generation_pb2_grpc.GenerationServicer):
     """The `Generation` service over token ids. Lives in one asyncio loop."""
 
     def __init__(self, config: ControllerConfig, info: generation_pb2.ModelInfo) -> None:
         self.config = config
         self.info = info
-        self._streams: dict[str, _Stream] = {}
+        self._streams: dict[str, Stream] = {}
         self._refusal: RequestError | None = None
         """Why nothing new is accepted."""
         self._lost = asyncio.Event()
@@ -320,6 +238,9 @@ class Controller(generation_pb2_grpc.GenerationServicer):
             message = f"no request with id {request.request_id[:128]!r} is in progress"
             await errors.abort(context, RequestError(grpc.StatusCode.NOT_FOUND, message, field="request_id"))
         if request.HasField("index"):
+            if stream.request.params.is_ranked:
+                message = "the answers of this request are ranked when all have ended: end all of it, without an index"
+                await errors.abort(context, errors.invalid("index", message))
             name, index = request.request_id, request.index
             stream.drop(index)
             await self._thread.call(lambda scheduler: scheduler.cancel(name, index))
@@ -334,18 +255,57 @@ class Controller(generation_pb2_grpc.GenerationServicer):
 
     async def GetLoad(self, _request: generation_pb2.GetLoadRequest, _context: Context) -> generation_pb2.Load:
         def read(scheduler: Scheduler) -> generation_pb2.Load:
-            running, waiting = len(scheduler.running), len(scheduler.waiting)
-            return wire.encode_load(scheduler.counters, scheduler.memory(), running, waiting, len(self._streams))
+            return wire.encode_load(
+                scheduler.counters,
+                scheduler.memory(),
+                num_running=len(scheduler.running),
+                num_waiting=len(scheduler.waiting),
+                open_requests=len(self._streams),
+                block_size=scheduler.config.block_size,
+                block_bytes=scheduler.config.block_bytes,
+            )
 
         return await self._thread.call(read)
 
+    # -- reserved prefixes; the gateway lets only an operator's calls through
+
+    async def ReservePrefix(
+        self, request: generation_pb2.ReservePrefixRequest, context: Context
+    ) -> generation_pb2.ReservedPrefix:
+        name, ids, salt = request.name, request.token_ids.ids, request.cache_salt
+
+        def reserve(scheduler: Scheduler) -> generation_pb2.ReservedPrefix:
+            check_prompt(ids, self.config.limits)
+            check_cache_salt(salt)
+            scheduler.reserve_prefix(name, tuple(ids), salt)
+            return next(prefix for prefix in map(wire.encode_prefix, scheduler.prefix_status()) if prefix.name == name)
+
+        try:
+            return await self._thread.call(reserve)
+        except (InvalidRequest, QueueFull) as error:
+            await errors.abort(context, _refused(error))
+
+    async def ReleasePrefix(
+        self, request: generation_pb2.ReleasePrefixRequest, context: Context
+    ) -> generation_pb2.ReleasePrefixResponse:
+        if not await self._thread.call(lambda scheduler: scheduler.release_prefix(request.name)):
+            message = f"no prefix {request.name[:128]!r} is reserved"
+            await errors.abort(context, RequestError(grpc.StatusCode.NOT_FOUND, message, field="name"))
+        return generation_pb2.ReleasePrefixResponse()
+
+    async def ListPrefixes(
+        self, _request: generation_pb2.ListPrefixesRequest, _context: Context
+    ) -> generation_pb2.ListPrefixesResponse:
+        prefixes = await self._thread.call(lambda scheduler: scheduler.prefix_status())
+        return generation_pb2.ListPrefixesResponse(prefixes=map(wire.encode_prefix, prefixes))
+
     # -- streams
 
-    async def _open(self, message: generation_pb2.GenerateRequest) -> _Stream:
+    async def _open(self, message: generation_pb2.GenerateRequest) -> Stream:
         if self._refusal is not None:
             raise self._refusal
         request = self._check(message)
-        stream = _Stream(request)
+        stream = Stream(request)
         if self._streams.setdefault(request.request_id, stream) is not stream:
             raise RequestError(
                 grpc.StatusCode.ALREADY_EXISTS,
@@ -357,7 +317,9 @@ class Controller(generation_pb2_grpc.GenerationServicer):
             await self._thread.call(lambda scheduler: scheduler.add(request))
         except BaseException as error:
             self._close(stream)
-            _raise_refused(error)
+            if isinstance(error, (InvalidRequest, QueueFull)):
+                raise _refused(error) from error
+            raise
         return stream
 
     def _check(self, message: generation_pb2.GenerateRequest) -> Request:
@@ -373,11 +335,11 @@ class Controller(generation_pb2_grpc.GenerationServicer):
             params = wire.decode_sampling(message.sampling)
             seed = secrets.randbits(63) if params.seed is None else params.seed
             name = message.request_id or secrets.token_hex(8)
-            return Request.checked(name, message.token_ids.ids, params, seed, self.config.limits)
+            return Request.checked(name, message.token_ids.ids, params, seed, self.config.limits, message.cache_salt)
         except InvalidRequest as error:
             raise _refused(error) from error
 
-    def _close(self, stream: _Stream) -> None:
+    def _close(self, stream: Stream) -> None:
         name = stream.request.request_id
         if self._streams.get(name) is stream:
             del self._streams[name]
@@ -400,6 +362,10 @@ class Controller(generation_pb2_grpc.GenerationServicer):
             # A new request may have taken the id of one that was cancelled while its last step ran.
             if stream is not None and stream.request is request:
                 stream.push(sequence.index, token, ends(position), logprobs(position))
+        for answer in events.answers:
+            stream = self._streams.get(answer.request.request_id)
+            if stream is not None and stream.request is answer.request:
+                stream.push_answer(answer)
 
     def _fail(self, error: Exception) -> None:
         """The engine is over: every stream ends with the reason, and nothing new is accepted."""
@@ -426,16 +392,10 @@ def _started(request: Request, model: str) -> generation_pb2.GenerateResponse:
     return generation_pb2.GenerateResponse(started=started)
 
 
-def _refused(error: InvalidRequest) -> RequestError:
+def _refused(error: InvalidRequest | QueueFull) -> RequestError:
     """With the field's path in a GenerateRequest."""
-    in_sampling = error.field in generation_pb2.SamplingParams.DESCRIPTOR.fields_by_name
-    return errors.invalid(f"sampling.{error.field}" if in_sampling else error.field, str(error))
-
-
-def _raise_refused(error: BaseException) -> NoReturn:
-    if isinstance(error, InvalidRequest):
-        raise _refused(error) from error
     if isinstance(error, QueueFull):
         code = grpc.StatusCode.RESOURCE_EXHAUSTED
-        raise RequestError(code, f"{error}; try again later", reason="QUEUE_FULL", retry_after_s=1) from error
-    raise error
+        return RequestError(code, f"{error}; try again later", reason="QUEUE_FULL", retry_after_s=1)
+    in_sampling = error.field in generation_pb2.SamplingParams.DESCRIPTOR.fields_by_name
+    return errors.invalid(f"sampling.{error.field}" if in_sampling else error.field, str(error))

@@ -11,10 +11,15 @@ from dataclasses import dataclass
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from quire.cluster import errors
+from quire.cluster.client import set_prompt
+from quire.cluster.errors import RequestError
 from quire.cluster.grpc_api import ApiSettings, GenerationService
+from quire.cluster.prefixes import Prefix
 from quire.cluster.relay import RelayStub
 from quire.cluster.servers import SERVICE, GenerationServer
 from quire.cluster.text import NoTokenizerError, Tokenizer
+from quire.protos import generation_pb2 as pb
 from quire.protos.channel import PUBLIC_SERVER_OPTIONS, WORKER_CHANNEL_OPTIONS, bearer
 
 
@@ -25,6 +30,7 @@ class GatewayConfig:
     api: ApiSettings
     host: str
     grpc_port: int
+    reserved_prefixes: tuple[Prefix, ...] = ()
 
 
 class Gateway:
@@ -38,14 +44,26 @@ class Gateway:
         self._reason = ""
 
     async def start(self) -> str:
-        """Listen; returns the address."""
+        """Reserve what is to be reserved, and listen; returns the address. Raises ValueError for a prefix that cannot
+        be kept."""
         self._upstream = RelayStub(self._channel, bearer(self.config.api.internal_token))
         self._service = GenerationService(self.config.api, self._upstream, self._tokenizer)
+        for prefix in self.config.reserved_prefixes:
+            await self._reserve(prefix)
         self._server = GenerationServer(self._service.add_to_server, PUBLIC_SERVER_OPTIONS)
         host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
         port = await self._server.start(f"{host}:{self.config.grpc_port}")
         self._watch = asyncio.create_task(self._follow_health())
         return f"{host}:{port}"
+
+    async def _reserve(self, prefix: Prefix) -> None:
+        request = pb.ReservePrefixRequest(name=prefix.name, cache_salt=prefix.cache_salt)
+        set_prompt(request, prefix.content)
+        try:
+            await self._service.reserve(request, metadata=bearer(self.config.api.internal_token))
+        except (RequestError, grpc.aio.AioRpcError) as error:
+            why = error if isinstance(error, RequestError) else errors.from_rpc_error(error)
+            raise ValueError(f"the prefix {prefix.name!r} cannot be reserved: {why.message}") from error
 
     async def failure(self) -> str:
         """Waits until the controller is gone; says so."""

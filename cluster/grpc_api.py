@@ -1,8 +1,11 @@
 """The public `Generation` service: text in front, token ids behind.
 
-It speaks the same service that it calls. Prompts become ids in a thread, ids become text as they come, stop strings end
-a sample. Whatever ends the call, the call to the controller ends with it: the open stream is the request. Nothing is
-passed on but in order: a gap, a repetition or a stream that stops short of its end is an error, never a false finish.
+It speaks the same service that it calls. Prompts become ids in a thread, ids become text as they come (`answers.py`).
+Whatever ends the call, the call to the controller ends with it: the open stream is the request. A stream that stops
+short of its end is an error, never a false finish.
+
+The operator's calls, which say what is kept in memory for everybody, are served only where the settings say so: the
+port asks nobody who he is, and on a port that others reach they would be everybody's.
 """
 
 from __future__ import annotations
@@ -20,11 +23,19 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 
 from quire.cluster import errors
+from quire.cluster.answers import Answers
 from quire.cluster.errors import RequestError, invalid
-from quire.cluster.text import SampleText, TextError, Tokenizer
+from quire.cluster.text import TextError, Tokenizer
 from quire.protos import generation_pb2 as pb
 from quire.protos.channel import bearer
-from quire.scheduler.params import MAX_LOGIT_BIAS, MAX_STOP_LENGTH, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS
+from quire.scheduler.params import (
+    MAX_LOGIT_BIAS,
+    MAX_STOP_LENGTH,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKEN_IDS,
+    InvalidRequest,
+)
+from quire.scheduler.request import check_cache_salt
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +58,8 @@ class ApiSettings:
     vocab_size: int
     max_prompt_characters: int = 4 << 20
     max_messages: int = 4096
+    enable_admin: bool = False
+    """Serve the operator's calls on the public port."""
     internal_token: str | None = None
     """Bearer token that the controller asks for."""
 
@@ -78,6 +91,9 @@ class GenerationService:
             "Detokenize": (self.detokenize, pb.DetokenizeRequest),
             "GetModelInfo": (self.get_model_info, pb.GetModelInfoRequest),
             "GetLoad": (self.get_load, pb.GetLoadRequest),
+            "ReservePrefix": (self.reserve_prefix, pb.ReservePrefixRequest),
+            "ReleasePrefix": (self.release_prefix, pb.ReleasePrefixRequest),
+            "ListPrefixes": (self.list_prefixes, pb.ListPrefixesRequest),
         }
         handlers = {
             name: grpc.unary_unary_rpc_method_handler(
@@ -111,12 +127,14 @@ class GenerationService:
         _check_sizes(request.sampling)
         request_id = _request_id(request.request_id)
         ids = await self._prompt_ids(request)
-        upstream = pb.GenerateRequest(request_id=request_id, sampling=request.sampling)
+        upstream = pb.GenerateRequest(
+            request_id=request_id, sampling=request.sampling, cache_salt=_cache_salt(request.cache_salt)
+        )
         upstream.token_ids.ids.extend(ids)
         for field in ("stop", "include_stop_str_in_output", "skip_special_tokens"):
             upstream.sampling.ClearField(field)
 
-        answer = _Answer(request, ids, self._tokenizer)
+        answers = Answers(request, ids, self._tokenizer)
         model = request.model or self._settings.model_names[0]
         call = self._upstream.Generate(upstream)
         try:
@@ -125,17 +143,17 @@ class GenerationService:
                     message.started.model = model
                     await context.write(message)
                     continue
-                responses = answer.take(message)
+                responses = answers.take(message)
                 for response in responses:
                     await context.write(response)
-                if answer.is_cut_short:
+                if answers.is_cut_short:
                     return
-                if responses and responses[-1].finished.HasField("stop_string"):
+                if message.HasField("output") and responses and responses[-1].HasField("finished"):
                     self._drop(request_id, responses[-1].finished.index)
         finally:
             # However this ends. On a call that has ended by itself it does nothing.
             call.cancel()
-        answer.check_complete()
+        answers.check_complete()
 
     async def abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
         if not request.request_id:
@@ -180,6 +198,37 @@ class GenerationService:
         load: pb.Load = await self._upstream.GetLoad(request, **self._forwarded(context))
         return load
 
+    # -- the operator's calls
+
+    async def reserve_prefix(self, request: pb.ReservePrefixRequest, context: Context) -> pb.ReservedPrefix:
+        self._require_admin()
+        return await self.reserve(request, **self._forwarded(context))
+
+    async def release_prefix(self, request: pb.ReleasePrefixRequest, context: Context) -> pb.ReleasePrefixResponse:
+        self._require_admin()
+        response: pb.ReleasePrefixResponse = await self._upstream.ReleasePrefix(request, **self._forwarded(context))
+        return response
+
+    async def list_prefixes(self, request: pb.ListPrefixesRequest, context: Context) -> pb.ListPrefixesResponse:
+        self._require_admin()
+        response: pb.ListPrefixesResponse = await self._upstream.ListPrefixes(request, **self._forwarded(context))
+        return response
+
+    async def reserve(self, request: pb.ReservePrefixRequest, **options: Any) -> pb.ReservedPrefix:
+        """Whoever asks. Raises RequestError, or AioRpcError where the controller refuses."""
+        if not 0 < len(request.name) <= MAX_REQUEST_ID or not request.name.isprintable():
+            raise invalid("name", f"a prefix's name has 1 to {MAX_REQUEST_ID} printable characters")
+        salt = _cache_salt(request.cache_salt)
+        ids = await self._prompt_ids(request)
+        upstream = pb.ReservePrefixRequest(name=request.name, token_ids=pb.TokenIds(ids=ids), cache_salt=salt)
+        reserved: pb.ReservedPrefix = await self._upstream.ReservePrefix(upstream, **options)
+        return reserved
+
+    def _require_admin(self) -> None:
+        if not self._settings.enable_admin:
+            message = "reserved prefixes are the operator's: the server serves these calls with --enable-admin only"
+            raise RequestError(grpc.StatusCode.PERMISSION_DENIED, message, reason="ADMIN_DISABLED")
+
     def _drop(self, request_id: str, index: int) -> None:
         """Have the controller forget one sample: its siblings go on, and would hold its memory to their end."""
 
@@ -220,7 +269,9 @@ class GenerationService:
             raise RequestError(grpc.StatusCode.FAILED_PRECONDITION, message, field=field, reason="NO_TOKENIZER")
         return self._tokenizer
 
-    async def _prompt_ids(self, request: pb.GenerateRequest) -> Sequence[int]:
+    async def _prompt_ids(self, request: pb.GenerateRequest | pb.ReservePrefixRequest) -> Sequence[int]:
+        """Of a whole prompt, or of the beginning of prompts, where a conversation goes on."""
+        is_whole = isinstance(request, pb.GenerateRequest)
         match request.WhichOneof("prompt"):
             case "token_ids":
                 if not request.token_ids.ids:
@@ -234,14 +285,17 @@ class GenerationService:
                 self._check_length("text", len(request.text))
                 ids = await _in_thread("text", tokenizer.encode, request.text)
             case "conversation":
-                ids = await self._conversation_ids(self._require_tokenizer("conversation"), request.conversation)
+                tokenizer = self._require_tokenizer("conversation")
+                ids = await self._conversation_ids(tokenizer, request.conversation, is_whole)
             case _:
                 raise invalid("prompt", "the prompt is not set: give text, token_ids or a conversation")
         if not ids:
             raise invalid("prompt", "the prompt has no tokens: the model's tokenizer drops all of its characters")
         return ids
 
-    async def _conversation_ids(self, tokenizer: Tokenizer, conversation: pb.Conversation) -> list[int]:
+    async def _conversation_ids(
+        self, tokenizer: Tokenizer, conversation: pb.Conversation, add_generation_prompt: bool = True
+    ) -> list[int]:
         field = "conversation"
         if not tokenizer.has_chat_template:
             message = "the model has no chat template: send the prompt as text, in the form it was trained on"
@@ -256,7 +310,7 @@ class GenerationService:
                 raise invalid(f"{field}.messages[{position}].role", f"the role must be one of {', '.join(ROLES)}")
         self._check_length(field, sum(len(turn.content) for turn in messages))
         turns = [{"role": turn.role, "content": turn.content} for turn in messages]
-        return await _in_thread(field, tokenizer.encode_chat, turns)
+        return await _in_thread(field, tokenizer.encode_chat, turns, add_generation_prompt)
 
     def _check_fits(self, count: int) -> None:
         """Of token ids; the controller checks it too, but what cannot fit is not to be carried there."""
@@ -289,107 +343,6 @@ class GenerationService:
         return {"timeout": context.time_remaining(), "metadata": self._metadata(request_id)}
 
 
-class _Answer:
-    """All samples of one request on their way to the client."""
-
-    def __init__(self, request: pb.GenerateRequest, ids: Sequence[int], tokenizer: Tokenizer | None) -> None:
-        self._sampling = request.sampling
-        self._tokenizer = tokenizer
-        # A completion goes on where the prompt ends; an answer in a conversation begins a text of its own.
-        self._before = () if request.WhichOneof("prompt") == "conversation" else tuple(ids[-16:])
-        self._samples: dict[int, _Sample] = {}
-        self._unfinished = request.sampling.n if request.sampling.HasField("n") else 1
-        self._cut = False
-
-    @property
-    def is_cut_short(self) -> bool:
-        """Every sample has ended, and not all of them upstream, where they would go on."""
-        return self._unfinished == 0 and self._cut
-
-    def check_complete(self) -> None:
-        if self._unfinished:
-            raise RequestError(grpc.StatusCode.INTERNAL, "the controller ended the stream before the request's end")
-
-    def take(self, message: pb.GenerateResponse) -> list[pb.GenerateResponse]:
-        """What to send for one message from upstream."""
-        kind = message.WhichOneof("event")
-        event = message.output if kind == "output" else message.finished
-        sample = self._samples.get(event.index)
-        if sample is None:
-            sample = self._samples[event.index] = self._new_sample()
-        if sample.is_finished:  # by a stop string, of which the controller does not know
-            return []
-        if event.seq != sample.seq:
-            raise RequestError(
-                grpc.StatusCode.INTERNAL,
-                f"sample {event.index}: token {event.seq} from the controller where {sample.seq} is next",
-            )
-        if kind == "finished":
-            sample.finish(message.finished)
-            self._unfinished -= 1
-            return [message]
-        stop = sample.take(message.output)
-        if stop is None:
-            return [message]
-        self._unfinished -= 1
-        self._cut = True
-        finished = pb.Finished(index=event.index, seq=sample.seq, reason=pb.FINISH_REASON_STOP, stop_string=stop)
-        return [message, pb.GenerateResponse(finished=finished)]
-
-    def _new_sample(self) -> _Sample:
-        return _Sample(self._sampling, self._before, self._tokenizer)
-
-
-class _Sample:
-    """One sample: how far it is, and its text on the way."""
-
-    def __init__(self, sampling: pb.SamplingParams, before: Sequence[int], tokenizer: Tokenizer | None) -> None:
-        self.seq = 0
-        self.is_finished = False
-        self._tokenizer = tokenizer
-        if tokenizer is not None:
-            self._text = SampleText(
-                tokenizer,
-                stops=tuple(sampling.stop),
-                include_stop=sampling.include_stop_str_in_output,
-                stop_token_ids=sampling.stop_token_ids,
-                min_tokens=sampling.min_tokens,
-                skip_special_tokens=not sampling.HasField("skip_special_tokens") or sampling.skip_special_tokens,
-                context=before,
-            )
-
-    def take(self, output: pb.Output) -> str | None:
-        """Add the text, cut after the token that completes a stop string; returns that."""
-        if self._tokenizer is None:
-            self.seq += len(output.token_ids)
-            return None
-        text, stop = [], None
-        for count, token_id in enumerate(output.token_ids, start=1):
-            self.seq += 1
-            piece, stop = self._text.feed(token_id)
-            text.append(piece)
-            if stop is not None:
-                del output.token_ids[count:]
-                del output.logprobs[count:]
-                break
-        output.text = "".join(text)
-        for position in output.logprobs:
-            for candidate in position.candidates:
-                candidate.token = self._tokenizer.token_text(candidate.token_id)
-        self.is_finished = stop is not None
-        return stop
-
-    def finish(self, finished: pb.Finished) -> None:
-        """The controller's end: release what was held back."""
-        self.is_finished = True
-        if self._tokenizer is None:
-            return
-        finished.text, stop = self._text.finish()
-        if stop is not None:
-            finished.reason = pb.FINISH_REASON_STOP
-            finished.stop_string = stop
-
-
 def _check_sizes(sampling: pb.SamplingParams) -> None:
     """Before a list is copied and carried on, refuse the one that is too long whatever is in it."""
     for field, limit in (("logit_bias", MAX_LOGIT_BIAS), ("stop_token_ids", MAX_STOP_TOKEN_IDS)):
@@ -402,6 +355,14 @@ def _request_id(given: str) -> str:
     if len(given) > MAX_REQUEST_ID or not given.isprintable():
         raise invalid("request_id", f"a request_id has at most {MAX_REQUEST_ID} printable characters")
     return given or secrets.token_hex(16)
+
+
+def _cache_salt(given: str) -> str:
+    try:
+        check_cache_salt(given)
+    except InvalidRequest as error:
+        raise invalid("cache_salt", str(error)) from error
+    return given
 
 
 async def _in_thread(field: str, encode: Callable[..., list[int]], *arguments: Any) -> list[int]:

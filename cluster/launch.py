@@ -22,19 +22,18 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from quire.cluster.actors import ControllerActor, GatewayActor, WorkerActor
-from quire.cluster.config import ResolvedEngine, ServeConfig, resolve
+from quire.cluster.config import LOOPBACK, ResolvedEngine, ServeConfig, resolve
 from quire.cluster.controller import ControllerConfig
 from quire.cluster.executor import WorkerAddress
 from quire.cluster.gateway import GatewayConfig
 from quire.cluster.grpc_api import ApiSettings
 from quire.cluster.laps import Laps, process_started
 from quire.cluster.progress import Progress
-from quire.scheduler.config import SchedulerConfig
+from quire.protos import worker_pb2
 
 logger = logging.getLogger(__name__)
 
 NAMESPACE = "quire"
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 PLACEMENT_TIMEOUT_S = 60.0
 PULSE_MISSES = 5
 STEP_TIMEOUT_S = {"cuda": 30.0, "cpu": 120.0}
@@ -53,7 +52,8 @@ def serve(config: ServeConfig) -> int:
     _check_port(config.host, config.grpc_port)
     if config.host not in LOOPBACK:
         progress.line(
-            f"listening on {config.host}: whoever reaches this port can use the model, there is no authentication"
+            f"listening on {config.host}: whoever reaches this port can use the model"
+            f"{', reserve and release prefixes' if config.serves_admin else ''}, there is no authentication"
         )
     laps.lap("command")
     # In this order: Ray installs handlers of its own when it starts.
@@ -92,6 +92,8 @@ class Replica:
     laps: Laps = field(default_factory=Laps)
     num_blocks: int = 0
     addresses: list[WorkerAddress] = field(default_factory=list)
+    descriptions: list[worker_pb2.WorkerDescription] = field(default_factory=list)
+    """Of the ranks, as they serve."""
     _token: str = field(default_factory=lambda: secrets.token_hex(16), repr=False)
     _group: PlacementGroup | None = None
     workers: list[Any] = field(default_factory=list)
@@ -191,6 +193,8 @@ class Replica:
         self.progress.line(f"KV cache: {self.num_blocks} blocks of {self.engine.block_size} tokens")
         serving = [worker.serve.remote(self.num_blocks) for worker in self.workers]
         addresses = self._get_all(serving, stop, "worker rank {}")
+        describing = [worker.describe.remote() for worker in self.workers]
+        self.descriptions = self._get_all(describing, stop, "worker rank {}")
         self.laps.lap("warm-up")
         inside = self._get(self.workers[0].laps.remote(), stop, "worker rank 0")
         self.laps.split("processes", "torch", inside["torch"])
@@ -208,23 +212,20 @@ class Replica:
 
     def _controller_config(self) -> ControllerConfig:
         engine = self.engine
-        scheduler = SchedulerConfig(
-            num_blocks=self.num_blocks,
-            block_size=engine.block_size,
-            max_model_len=engine.max_model_len,
-            max_num_seqs=engine.max_num_seqs,
-            max_num_batched_tokens=engine.max_num_batched_tokens,
-            max_num_waiting=engine.max_num_waiting,
-        )
+        scheduler = engine.scheduler_config(self.num_blocks, self.descriptions)
         timeout = self.config.step_timeout or STEP_TIMEOUT_S[engine.device]
         return ControllerConfig(scheduler, engine.limits, timeout, engine.run_ahead)
 
     def _gateway_config(self) -> GatewayConfig:
         engine, config = self.engine, self.config
         api = ApiSettings(
-            config.names(engine), engine.max_model_len, engine.limits.vocab_size, internal_token=self._token
+            config.names(engine),
+            engine.max_model_len,
+            engine.limits.vocab_size,
+            enable_admin=config.serves_admin,
+            internal_token=self._token,
         )
-        return GatewayConfig(api, config.host, config.grpc_port)
+        return GatewayConfig(api, config.host, config.grpc_port, config.reserved_prefixes)
 
     def _get(self, ref: Any, stop: Callable[[], bool], who: str, timeout: float = float("inf")) -> Any:
         return self._get_all([ref], stop, who, timeout)[0]

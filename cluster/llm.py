@@ -19,16 +19,19 @@ from tqdm import tqdm
 from quire.cluster.config import EngineConfig, resolve
 from quire.cluster.local import LocalExecutor
 from quire.cluster.text import NoTokenizerError, SampleText, TextError, Tokenizer
-from quire.scheduler.config import SchedulerConfig
 from quire.scheduler.engine import Engine
 from quire.scheduler.params import InvalidRequest, SamplingParams
-from quire.scheduler.plan import Logprobs, TokenEvent
-from quire.scheduler.request import Request
+from quire.scheduler.plan import Answer, Logprobs, TokenEvent
+from quire.scheduler.request import Request, check_cache_salt, check_prompt
 from quire.scheduler.scheduler import Scheduler
 from quire.scheduler.sequence import FinishReason
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
-"""Text, token ids, or one of them as {"prompt": text} or {"prompt_token_ids": ids}."""
+"""Text, token ids, or one of them as {"prompt": text} or {"prompt_token_ids": ids}, where "cache_salt" may be beside
+it: what is computed for the prompt is shared only with prompts of the same salt."""
+
+_UNBOUNDED = 1 << 40
+"""Sequences that may wait: all of a call's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,17 +52,20 @@ class CompletionOutput:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     cumulative_logprob: float | None = None
+    """Where log-probabilities were asked for, and of ranked answers."""
     logprobs: list[dict[int, Logprob]] | None = None
     """One dictionary per token, by token id: the sampled one, and the most likely ones that were asked for."""
     finish_reason: str | None = None
     """"stop" or "length"; "error" where the model's logits were not numbers, which end this sample alone."""
     stop_reason: int | str | None = None
     """The stop string or stop token that ended it; None for the model's own end."""
+    score: float | None = None
+    """What a ranked answer (best_of, beam_width) was ranked by; a stop string cuts its text later."""
 
 
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
-    """One prompt and its samples."""
+    """One prompt and its samples; ranked answers best first."""
 
     request_id: str
     prompt: str | None
@@ -92,6 +98,9 @@ class LLM:
         num_gpu_blocks_override: int | None = None,
         max_num_seqs: int | None = None,
         max_num_batched_tokens: int | None = None,
+        swap_space: float | None = None,
+        preemption_mode: str | None = None,
+        enable_prefix_caching: bool | None = None,
         seed: int = 0,
         load_format: str = "auto",
         deterministic: bool = False,
@@ -103,21 +112,20 @@ class LLM:
             tensor_parallel_size=tensor_parallel_size, max_model_len=max_model_len, block_size=block_size,
             gpu_memory_utilization=gpu_memory_utilization,
             kv_cache_memory_bytes=kv_cache_memory_bytes, num_gpu_blocks_override=num_gpu_blocks_override,
-            max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, seed=seed,
-            load_format=load_format, deterministic=deterministic, enforce_eager=enforce_eager, run_ahead=run_ahead,
+            max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, swap_space=swap_space,
+            preemption_mode=preemption_mode, enable_prefix_caching=enable_prefix_caching, seed=seed,
+            max_num_waiting=_UNBOUNDED, load_format=load_format,
+            deterministic=deterministic, enforce_eager=enforce_eager, run_ahead=run_ahead,
         )  # fmt: skip
-        self.config = resolve(EngineConfig(**{name: value for name, value in given.items() if value is not None}))
+        chosen = {name: value for name, value in given.items() if value is not None}
+        self.config = resolve(EngineConfig(**chosen), offline=True)
         self.tokenizer = _tokenizer(self.config.model)
         self._executor = LocalExecutor(self.config.worker_config(0))
-        self._limits = SchedulerConfig(
-            num_blocks=self._executor.num_blocks,
-            block_size=self.config.block_size,
-            max_model_len=self.config.max_model_len,
-            max_num_seqs=self.config.max_num_seqs,
-            max_num_batched_tokens=self.config.max_num_batched_tokens,
-        )
+        self._limits = self.config.scheduler_config(self._executor.num_blocks, self._executor.descriptions)
         # On a CPU a plan has run when it is handed over: one sent ahead would hide nothing.
         self._run_ahead = self.config.run_ahead if run_ahead is not None or self.config.device == "cuda" else 0
+        self._reserved: dict[str, tuple[tuple[int, ...], str]] = {}
+        """Token ids and salt of the prefixes that are kept, by name."""
         self._start_afresh()
         self._num_requests = 0
 
@@ -144,6 +152,22 @@ class LLM:
         conversations: Any = [messages] if one else messages
         prompts = [self._require_tokenizer().encode_chat(conversation) for conversation in conversations]
         return self._serve(prompts, sampling_params, use_tqdm, in_text=False)
+
+    def reserve_prefix(self, name: str, prefix: Prompt) -> None:
+        """Keep what prompts begin with: it is computed once, with the next call, and never evicted. Raises
+        InvalidRequest where it cannot be kept."""
+        _, ids = self._encode(prefix)
+        check_prompt(ids, self.config.limits)
+        kept = tuple(ids), _salt(prefix)
+        check_cache_salt(kept[1])
+        self._scheduler.reserve_prefix(name, *kept)
+        self._reserved[name] = kept
+
+    def release_prefix(self, name: str) -> None:
+        """Keep it no longer. Raises InvalidRequest where none of that name is kept."""
+        if not self._scheduler.release_prefix(name):
+            raise InvalidRequest("name", f"no prefix {name!r} is reserved")
+        del self._reserved[name]
 
     def close(self) -> None:
         """Free the model and end the other ranks' processes."""
@@ -182,9 +206,11 @@ class LLM:
         return [job.output() for job in jobs]
 
     def _start_afresh(self) -> None:
-        """Scheduler and worker without any sequence."""
+        """Scheduler and worker without any sequence but the reserved."""
         self._executor.reset()
         self._scheduler = Scheduler(self._limits)
+        for name, kept in self._reserved.items():
+            self._scheduler.reserve_prefix(name, *kept)
         self._engine = Engine(self._scheduler, self._executor, self._run_ahead)
 
     def _job(self, prompt: Any, params: Any, in_text: bool) -> _Job:
@@ -196,7 +222,7 @@ class LLM:
         seed = params.seed
         if seed is None:
             seed = _mix(self.config.seed, self._num_requests)
-        request = Request.checked(str(self._num_requests), ids, params, seed, self.config.limits)
+        request = Request.checked(str(self._num_requests), ids, params, seed, self.config.limits, _salt(prompt))
         if params.stop:
             self._require_tokenizer()
         self._num_requests += 1
@@ -226,13 +252,17 @@ class LLM:
             tokens = 0
             while self._scheduler.has_work:
                 events = self._engine.step()
-                tokens += len(events)
+                tokens += len(events) + sum(len(answer.token_ids) for answer in events.answers)
                 for event in events:
                     job = jobs[event.sequence.request.request_id]
                     if job.take(event):
                         self._scheduler.cancel(job.request.request_id, event.sequence.index)
                     bar.update(job.newly_done())
-                if events:
+                for answer in events.answers:
+                    job = jobs[answer.request.request_id]
+                    job.take_answer(answer)
+                    bar.update(job.newly_done())
+                if events.token_ids or events.answers:
                     bar.set_postfix_str(
                         f"{tokens / max(bar.format_dict['elapsed'], 1e-6):.1f} output tok/s", refresh=False
                     )
@@ -258,19 +288,35 @@ class _Job:
     def take(self, event: TokenEvent) -> bool:
         """Note a token; True when a stop string ends a sample whose sequence would go on."""
         sample = self._samples[event.sequence.index]
-        if event.finish_reason is not None:
-            sample.finish_reason = event.finish_reason.value
-            if event.finish_reason is FinishReason.STOP and event.token_id in self.request.params.stop_token_ids:
-                sample.stop_reason = event.token_id
+        return self._take(sample, event.token_id, event.finish_reason, event.logprobs)
+
+    def take_answer(self, answer: Answer) -> None:
+        """Note a ranked answer, up to the first stop string in it."""
+        sample = self._samples[answer.index]
+        last = len(answer.token_ids) - 1
+        for position, token in enumerate(answer.token_ids):
+            reason = answer.finish_reason if position == last else None
+            if self._take(sample, token, reason, answer.logprobs[position] if answer.logprobs else None):
+                break
+        sample.finish_reason = sample.finish_reason or answer.finish_reason.value  # without a token: an error
+        sample.cumulative_logprob, sample.score = answer.cumulative_logprob, answer.score
+
+    def _take(
+        self, sample: CompletionOutput, token: int, reason: FinishReason | None, logprobs: Logprobs | None
+    ) -> bool:
+        if reason is not None:
+            sample.finish_reason = reason.value
+            if reason is FinishReason.STOP and token in self.request.params.stop_token_ids:
+                sample.stop_reason = token
         stop = None
-        if event.finish_reason is not FinishReason.ERROR:
-            stop = self._add_token(sample, event)
-        if stop is None and event.finish_reason is not None and self._texts:
+        if reason is not FinishReason.ERROR:
+            stop = self._add_token(sample, token, logprobs)
+        if stop is None and reason is not None and self._texts:
             rest, stop = self._texts[sample.index].finish()
             sample.text += rest
         if stop is not None:
             sample.finish_reason, sample.stop_reason = "stop", stop
-        return stop is not None and event.finish_reason is None
+        return stop is not None and reason is None
 
     def newly_done(self) -> int:
         """1 once, when all samples have ended."""
@@ -282,14 +328,14 @@ class _Job:
     def output(self) -> RequestOutput:
         return RequestOutput(self.request.request_id, self.prompt, list(self.request.prompt_token_ids), self._samples)
 
-    def _add_token(self, sample: CompletionOutput, event: TokenEvent) -> str | None:
+    def _add_token(self, sample: CompletionOutput, token: int, logprobs: Logprobs | None) -> str | None:
         """Returns the stop string that the token completes."""
-        sample.token_ids.append(event.token_id)
-        if event.logprobs is not None:
-            self._note_logprobs(sample, event.logprobs)
+        sample.token_ids.append(token)
+        if logprobs is not None:
+            self._note_logprobs(sample, logprobs)
         if not self._texts:
             return None
-        text, stop = self._texts[sample.index].feed(event.token_id)
+        text, stop = self._texts[sample.index].feed(token)
         sample.text += text
         return stop
 
@@ -329,6 +375,13 @@ def _several(prompts: Any) -> list[Any]:
         return [prompts]
     several = list(prompts)
     return [several] if several and isinstance(several[0], int) else several
+
+
+def _salt(prompt: Any) -> str:
+    salt = prompt.get("cache_salt", "") if isinstance(prompt, Mapping) else ""
+    if not isinstance(salt, str):
+        raise InvalidRequest("cache_salt", f"a cache_salt is a string, unlike {salt!r:.80}")
+    return salt
 
 
 def _is_ids(value: Any) -> bool:

@@ -63,12 +63,15 @@ class LocalExecutor:
             self._exit.callback(parallel.close)
             self._runner = Runner(replace(config, rank=0), parallel)
             self._runner.load(progress)
-            capacities = [self._runner.measure(), *(peer.receive_int() for peer in self._peers)]
+            theirs = (int.from_bytes(peer.receive(), "little") for peer in self._peers)
+            capacities = [self._runner.measure(), *theirs]
         self.num_blocks = min(capacities)
         for peer in self._peers:
             peer.send(self.num_blocks.to_bytes(8, "little"))
         self._runner.allocate(self.num_blocks)
         self._runner.warm_up()
+        others = (worker_pb2.WorkerDescription.FromString(peer.receive()) for peer in self._peers)
+        self.descriptions = [self._runner.describe(), *others]
 
     def submit(self, plan: StepPlan) -> None:
         if self._is_mid_step and self._peers:
@@ -145,9 +148,9 @@ class _Peer:
     def send(self, payload: bytes) -> None:
         self._pipe.send_bytes(payload)
 
-    def receive_int(self) -> int:
+    def receive(self) -> bytes:
         try:
-            return int.from_bytes(self._pipe.recv_bytes(), "little")
+            return self._pipe.recv_bytes()
         except EOFError:
             raise RuntimeError(f"{self._process.name} failed while it loaded; what it wrote says why") from None
 
@@ -162,7 +165,8 @@ class _Peer:
 
 
 def _serve_rank(config: WorkerConfig, init_method: str, pipe: Connection) -> None:
-    """A child's life: load, tell how many blocks fit, then run every plan until the pipe closes."""
+    """A child's life: load, tell how many blocks fit, allocate them and tell what it is, then run every plan until the
+    pipe closes."""
     from quire.worker.parallel import TensorParallel
     from quire.worker.runner import Runner
 
@@ -175,6 +179,7 @@ def _serve_rank(config: WorkerConfig, init_method: str, pipe: Connection) -> Non
     try:
         runner.allocate(int.from_bytes(pipe.recv_bytes(), "little"))
         runner.warm_up()
+        pipe.send_bytes(runner.describe().SerializeToString())
         while True:
             payload = pipe.recv_bytes()
             if payload == _RESET:

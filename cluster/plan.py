@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from quire.cluster.config import ResolvedEngine
+from quire.cluster.sizes import bytes_text
 from quire.worker.host import CPU_SHARE, cpu_pool_bytes, packs_bfloat16
 from quire.worker.models.checkpoint import DTYPE_BYTES, bytes_by_group, kv_head_share
 from quire.worker.models.spec import ModelError
@@ -60,6 +61,11 @@ class Plan:
         return None if self.num_blocks is None else self.num_blocks * self.bytes_per_block
 
     @property
+    def swap_bytes(self) -> int | None:
+        """Host memory for what is preempted: never more than the pool."""
+        return None if self.pool_bytes is None else min(self.engine.swap_space_bytes, self.pool_bytes)
+
+    @property
     def capacity_tokens(self) -> int | None:
         return None if self.num_blocks is None else self.num_blocks * self.engine.block_size
 
@@ -81,6 +87,8 @@ class Plan:
         if self.num_blocks is None:
             return None
         pool = self.num_blocks * self.bytes_per_block
+        if self.engine.device == "cpu":
+            pool += self.swap_bytes or 0  # it is the same memory
         in_budget = self.budget is None or self._without_pool() + pool <= self.budget
         return in_budget and self.num_blocks >= self.blocks_per_sequence
 
@@ -180,17 +188,21 @@ def _more_memory(plan: Plan) -> Iterator[str]:
     if engine.kv_cache_memory_bytes is not None and (plan.num_blocks or 0) < plan.blocks_per_sequence:
         yield f"raise --kv-cache-memory-bytes to {plan.blocks_per_sequence * plan.bytes_per_block}"
     if plan.budget is not None and engine.device == "cpu":
-        yield f"make {_size(_needed_on_cpu(plan) * engine.tensor_parallel_size)} of memory available"
+        yield f"make {bytes_text(_needed_on_cpu(plan) * engine.tensor_parallel_size)} of memory available"
     elif plan.budget is not None:
         needed = -(-plan.required_bytes // engine.gpu_memory_utilization)
-        yield f"take devices of at least {_size(int(needed))}"
+        yield f"take devices of at least {bytes_text(int(needed))}"
 
 
 def _needed_on_cpu(plan: Plan) -> int:
     """By one rank, for one sequence of max_model_len."""
     if plan.engine.kv_cache_memory_bytes is not None or plan.engine.num_gpu_blocks_override is not None:
-        return plan.required_bytes + max((plan.num_blocks or 0) - plan.blocks_per_sequence, 0) * plan.bytes_per_block
-    others = (plan.activations + plan.sampling) / (1 - CPU_SHARE)
+        blocks = max(plan.num_blocks or 0, plan.blocks_per_sequence)
+        pool = blocks * plan.bytes_per_block
+        return plan.weight_bytes + plan.activations + plan.sampling + pool + min(plan.engine.swap_space_bytes, pool)
+    others, swap = plan.activations + plan.sampling, plan.engine.swap_space_bytes
+    # What the pool leaves holds the rest, and a swap space as large as it was given or as large as the pool.
+    others = min((others + swap) / (1 - CPU_SHARE), others / (1 - 2 * CPU_SHARE))
     pool = plan.blocks_per_sequence * plan.bytes_per_block / CPU_SHARE
     return plan.weight_bytes + int(max(pool, others)) + 1
 
@@ -231,19 +243,12 @@ def _pool_rows(plan: Plan) -> Iterator[str]:
         return
     blocks = f"{plan.num_blocks:,} blocks of {plan.engine.block_size} = {plan.capacity_tokens:,} tokens"
     yield _row("KV pool", plan.pool_bytes, blocks)
+    if plan.swap_bytes:
+        yield _row("swap space (host)", plan.swap_bytes, "for what is preempted")
     if plan.budget is not None:
         yield _row("may be used", plan.budget)
     yield f"  {plan.max_concurrency:,} request(s) of {length} fit at once."
 
 
 def _row(name: str, size: int, remark: str = "") -> str:
-    return f"  {name:<24}{_size(size):>12}  {remark}".rstrip()
-
-
-def _size(size: int) -> str:
-    value = float(size)
-    for unit in ("B", "KiB", "MiB"):
-        if value < 1024:
-            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.2f} GiB"
+    return f"  {name:<24}{bytes_text(size):>12}  {remark}".rstrip()

@@ -27,8 +27,10 @@ log = logging.getLogger(__name__)
 
 Generate = Callable[[pb.GenerateRequest, Any], AsyncIterator[pb.GenerateResponse]]
 
-MAX_ANSWERS = 4096
-"""In one message: what a gateway that was stopped for a while finds waiting must not exceed what it can receive."""
+MAX_ANSWERS = 512
+"""In one message: what a gateway finds waiting that was stopped for a while, or for which many long answers end in one
+step, must not exceed what it can receive. Of `wire.MAX_TOKENS_PER_MESSAGE` tokens each with 20 log-probabilities beside
+its own, they are 40 of its 64 megabytes."""
 
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
@@ -137,6 +139,8 @@ class RelayStub:
     def __init__(self, channel: grpc.aio.Channel, metadata: tuple[tuple[str, str], ...] = ()) -> None:
         stub: Any = generation_pb2_grpc.GenerationStub(channel)
         self.Abort, self.GetModelInfo, self.GetLoad = stub.Abort, stub.GetModelInfo, stub.GetLoad
+        self.ReservePrefix, self.ReleasePrefix = stub.ReservePrefix, stub.ReleasePrefix
+        self.ListPrefixes = stub.ListPrefixes
         self._open = relay_pb2_grpc.RelayStub(channel).Open
         self._metadata = metadata
         self._link: _Link | None = None

@@ -11,8 +11,9 @@ from collections.abc import Iterable
 from itertools import chain
 
 from quire.protos import generation_pb2, worker_pb2
-from quire.scheduler.params import SamplingParams
+from quire.scheduler.params import InvalidRequest, SamplingParams
 from quire.scheduler.plan import Admission, Logprobs, StepPlan, StepResult
+from quire.scheduler.reserved import PrefixStatus
 from quire.scheduler.sequence import FinishReason
 from quire.scheduler.stats import Counters, MemoryUse
 
@@ -25,10 +26,17 @@ FINISH_REASONS = {
 }
 
 _SCALARS = (
-    "n", "max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty",
-    "presence_penalty", "frequency_penalty", "seed", "ignore_eos", "logprobs",
+    "n", "best_of", "beam_width", "length_penalty", "max_tokens", "min_tokens", "temperature", "top_p", "top_k",
+    "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed", "ignore_eos", "logprobs",
     "include_stop_str_in_output", "skip_special_tokens",
 )  # fmt: skip
+
+_EARLY_STOPPING: dict[int, bool | str] = {
+    generation_pb2.EARLY_STOPPING_UNSPECIFIED: False,
+    generation_pb2.EARLY_STOPPING_FALSE: False,
+    generation_pb2.EARLY_STOPPING_TRUE: True,
+    generation_pb2.EARLY_STOPPING_NEVER: "never",
+}
 
 
 def pack(values: Iterable[int]) -> bytes:
@@ -124,8 +132,16 @@ def decode_sampling(message: generation_pb2.SamplingParams) -> SamplingParams:
     """Raises InvalidRequest for a value out of range. What is absent takes its default; max_tokens: what fits."""
     given = {name: getattr(message, name) for name in _SCALARS if message.HasField(name)}
     given.setdefault("max_tokens", None)
+    if message.early_stopping not in _EARLY_STOPPING:
+        raise InvalidRequest(
+            "early_stopping", f"there is no early_stopping {message.early_stopping}; see EarlyStopping"
+        )
     return SamplingParams(
-        **given, stop=message.stop, stop_token_ids=message.stop_token_ids, logit_bias=dict(message.logit_bias)
+        **given,
+        early_stopping=_EARLY_STOPPING[message.early_stopping],
+        stop=message.stop,
+        stop_token_ids=message.stop_token_ids,
+        logit_bias=dict(message.logit_bias),
     )
 
 
@@ -148,29 +164,31 @@ def encode_output(
 
 
 def encode_finished(
-    index: int, seq: int, reason: FinishReason, stop_token: int | None
+    index: int,
+    seq: int,
+    reason: FinishReason,
+    stop_token: int | None,
+    cumulative_logprob: float | None = None,
+    score: float | None = None,
 ) -> generation_pb2.GenerateResponse:
     """The end of a sample after `seq` tokens; the stop token is named where the request had named it."""
-    finished = generation_pb2.Finished(index=index, seq=seq, reason=FINISH_REASONS[reason], stop_token_id=stop_token)
+    finished = generation_pb2.Finished(
+        index=index,
+        seq=seq,
+        reason=FINISH_REASONS[reason],
+        stop_token_id=stop_token,
+        cumulative_logprob=cumulative_logprob,
+        score=score,
+    )
     return generation_pb2.GenerateResponse(finished=finished)
 
 
-def encode_load(
-    counters: Counters, memory: MemoryUse, running: int, waiting: int, open_requests: int
-) -> generation_pb2.Load:
-    return generation_pb2.Load(
-        num_running=running,
-        num_waiting=waiting,
-        blocks_total=memory.blocks_total,
-        blocks_free=memory.blocks_free,
-        blocks_used=memory.blocks_used,
-        slots_filled=memory.slots_filled,
-        slots_reserved=memory.slots_reserved,
-        num_steps=counters.num_steps,
-        num_preemptions=counters.num_preemptions,
-        prompt_tokens=counters.prompt_tokens,
-        generation_tokens=counters.generation_tokens,
-        num_finished=counters.num_finished,
-        num_cancelled=counters.num_cancelled,
-        open_requests=open_requests,
-    )
+def encode_load(counters: Counters, memory: MemoryUse, **gauges: int) -> generation_pb2.Load:
+    """Counters and memory under their own names, which are the message's; `gauges`: its other fields."""
+    fields = generation_pb2.Load.DESCRIPTOR.fields_by_name
+    told = {name: getattr(source, name) for source in (counters, memory) for name in fields if hasattr(source, name)}
+    return generation_pb2.Load(**told, **gauges)
+
+
+def encode_prefix(status: PrefixStatus) -> generation_pb2.ReservedPrefix:
+    return generation_pb2.ReservedPrefix(**status._asdict())

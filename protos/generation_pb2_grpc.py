@@ -64,6 +64,21 @@ class GenerationStub:
                 request_serializer=quire_dot_protos_dot_generation__pb2.GetLoadRequest.SerializeToString,
                 response_deserializer=quire_dot_protos_dot_generation__pb2.Load.FromString,
                 _registered_method=True)
+        self.ReservePrefix = channel.unary_unary(
+                '/quire.v1.Generation/ReservePrefix',
+                request_serializer=quire_dot_protos_dot_generation__pb2.ReservePrefixRequest.SerializeToString,
+                response_deserializer=quire_dot_protos_dot_generation__pb2.ReservedPrefix.FromString,
+                _registered_method=True)
+        self.ReleasePrefix = channel.unary_unary(
+                '/quire.v1.Generation/ReleasePrefix',
+                request_serializer=quire_dot_protos_dot_generation__pb2.ReleasePrefixRequest.SerializeToString,
+                response_deserializer=quire_dot_protos_dot_generation__pb2.ReleasePrefixResponse.FromString,
+                _registered_method=True)
+        self.ListPrefixes = channel.unary_unary(
+                '/quire.v1.Generation/ListPrefixes',
+                request_serializer=quire_dot_protos_dot_generation__pb2.ListPrefixesRequest.SerializeToString,
+                response_deserializer=quire_dot_protos_dot_generation__pb2.ListPrefixesResponse.FromString,
+                _registered_method=True)
 
 
 class GenerationServicer:
@@ -111,6 +126,30 @@ class GenerationServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReservePrefix(self, request, context):
+        """The operator's: prompt prefixes whose blocks are kept for every request that begins with them. Where the server was
+        not started to take them, all three are PERMISSION_DENIED.
+
+        Keep a prefix. Its KV is computed once, after the requests that have come before; from then on it is never evicted.
+        INVALID_ARGUMENT when its name is taken or there is no room for it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReleasePrefix(self, request, context):
+        """Keep it no longer. Requests in progress are not touched. NOT_FOUND when there is none of that name.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListPrefixes(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_GenerationServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -143,6 +182,21 @@ def add_GenerationServicer_to_server(servicer, server):
                     servicer.GetLoad,
                     request_deserializer=quire_dot_protos_dot_generation__pb2.GetLoadRequest.FromString,
                     response_serializer=quire_dot_protos_dot_generation__pb2.Load.SerializeToString,
+            ),
+            'ReservePrefix': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReservePrefix,
+                    request_deserializer=quire_dot_protos_dot_generation__pb2.ReservePrefixRequest.FromString,
+                    response_serializer=quire_dot_protos_dot_generation__pb2.ReservedPrefix.SerializeToString,
+            ),
+            'ReleasePrefix': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReleasePrefix,
+                    request_deserializer=quire_dot_protos_dot_generation__pb2.ReleasePrefixRequest.FromString,
+                    response_serializer=quire_dot_protos_dot_generation__pb2.ReleasePrefixResponse.SerializeToString,
+            ),
+            'ListPrefixes': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListPrefixes,
+                    request_deserializer=quire_dot_protos_dot_generation__pb2.ListPrefixesRequest.FromString,
+                    response_serializer=quire_dot_protos_dot_generation__pb2.ListPrefixesResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -307,6 +361,87 @@ class Generation:
             '/quire.v1.Generation/GetLoad',
             quire_dot_protos_dot_generation__pb2.GetLoadRequest.SerializeToString,
             quire_dot_protos_dot_generation__pb2.Load.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReservePrefix(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quire.v1.Generation/ReservePrefix',
+            quire_dot_protos_dot_generation__pb2.ReservePrefixRequest.SerializeToString,
+            quire_dot_protos_dot_generation__pb2.ReservedPrefix.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReleasePrefix(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quire.v1.Generation/ReleasePrefix',
+            quire_dot_protos_dot_generation__pb2.ReleasePrefixRequest.SerializeToString,
+            quire_dot_protos_dot_generation__pb2.ReleasePrefixResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListPrefixes(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quire.v1.Generation/ListPrefixes',
+            quire_dot_protos_dot_generation__pb2.ListPrefixesRequest.SerializeToString,
+            quire_dot_protos_dot_generation__pb2.ListPrefixesResponse.FromString,
             options,
             channel_credentials,
             insecure,

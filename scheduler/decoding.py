@@ -5,7 +5,8 @@ what a plan says of them is kept ready until one comes or goes, and a calendar t
 nobody else is looked at.
 
 Invariant: the members are the running sequences with one known token to compute. Each stands in the calendar once,
-under its `due`: the clock's time at which its blocks are full or its last token is computed, whichever is earlier.
+under its `due`: the clock's time at which its blocks are full or its last token is computed, whichever is earlier; and
+at once while its last block may be another's too.
 """
 
 from __future__ import annotations
@@ -70,8 +71,7 @@ class DecodingSet:
 
     def enroll(self, sequence: Sequence) -> None:
         """Note when the sequence is due: from what it has computed by now, and after it has the blocks for more."""
-        last = sequence.max_computed - 1
-        sequence.due = self.clock.now + min(sequence.capacity, last) - sequence.num_computed
+        sequence.due = self.clock.now + _steps_left(sequence)
         self._calendar.setdefault(sequence.due, {})[sequence.arrival] = sequence
 
     def audit(self, running: list[Sequence]) -> None:
@@ -83,9 +83,13 @@ class DecodingSet:
             raise AuditError("what is kept ready for the plans is stale")
         entries = sorted((due, arrival) for due, bucket in self._calendar.items() for arrival in bucket)
         now = self.clock.now
-        due = sorted(
-            (now + min(s.capacity - s.num_computed, s.max_computed - 1 - s.num_computed), s.arrival)
-            for s in self._members.values()
-        )
+        due = sorted((now + _steps_left(s), s.arrival) for s in self._members.values())
         if entries != due or any(time < now for time, _ in entries):
             raise AuditError(f"the calendar says {entries} at {now}, not {due}")
+
+
+def _steps_left(sequence: Sequence) -> int:
+    """Steps in which nothing but the next token happens to it."""
+    if sequence.is_tail_shared:
+        return 0
+    return min(sequence.capacity, sequence.max_computed - 1) - sequence.num_computed

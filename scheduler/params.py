@@ -49,7 +49,7 @@ class SamplingParams:
     ended. None: n."""
 
     beam_width: int | None = None
-    """Beam search over so many candidates, of which the n best are returned, best first, when all is over. None: off."""
+    """Beam search over so many candidates, of which the n best are returned, best first, when it is over. None: off."""
 
     length_penalty: float = 1.0
     """Beam search ranks answers by their log-probability divided by their length to this power: above 0 favours long

@@ -67,7 +67,8 @@ class StepPlan:
     """Applied when the step's rows have computed: the parent has computed all that it knows, and the child samples a
     token of its own, by its own seed, from the parent's logits. Samples of one prompt."""
     swapped_out: tuple[tuple[int, int], ...] = ()
-    """(block, slot): the block's content goes to the slot of the swap space. Before any other movement of blocks."""
+    """(block, slot): the block's content goes to the slot of the swap space; what two groups share, to a slot of each.
+    Before any other movement of blocks, and never in the plan in which anything comes back."""
     swapped_in: tuple[tuple[int, int], ...] = ()
     """(slot, block): and comes back. After `swapped_out`."""
     copied: tuple[tuple[int, int], ...] = ()

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from quire.scheduler.params import DefaultTokens, InvalidRequest, SamplingParams
 
+MAX_CACHE_SALT = 128
+
 
 @dataclass(frozen=True, slots=True)
 class ModelLimits:
@@ -47,7 +49,8 @@ class Request:
         cache_salt: str = "",
     ) -> Request:
         """Raises InvalidRequest with a sentence that says what to change."""
-        _check_prompt(prompt, limits)
+        check_prompt(prompt, limits)
+        check_cache_salt(cache_salt)
         _check_token_ids(params, limits)
         room = limits.max_model_len - len(prompt)
         max_tokens = room if params.max_tokens is None else params.max_tokens
@@ -77,7 +80,14 @@ class Request:
         return (self.seed + index * 0x9E3779B97F4A7C15) & ((1 << 64) - 1)
 
 
-def _check_prompt(prompt: Sequence[int], limits: ModelLimits) -> None:
+def check_cache_salt(cache_salt: str) -> None:
+    """Raises InvalidRequest."""
+    if len(cache_salt) > MAX_CACHE_SALT or not cache_salt.isprintable():
+        raise InvalidRequest("cache_salt", f"a cache_salt has at most {MAX_CACHE_SALT} printable characters")
+
+
+def check_prompt(prompt: Sequence[int], limits: ModelLimits) -> None:
+    """Whether something can follow it. Raises InvalidRequest."""
     if not prompt:
         raise InvalidRequest("prompt", "the prompt is empty; send at least one token")
     if len(prompt) >= limits.max_model_len:

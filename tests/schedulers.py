@@ -13,15 +13,27 @@ from quire.scheduler.scheduler import Scheduler
 
 
 def make_request(
-    name: str, prompt: list[int], max_model_len: int = 64, seed: int = 0, eos: tuple[int, ...] = (), **params: object
+    name: str,
+    prompt: list[int],
+    max_model_len: int = 64,
+    seed: int = 0,
+    eos: tuple[int, ...] = (),
+    cache_salt: str = "",
+    **params: object,
 ) -> Request:
     sampling = SamplingParams(**{"max_tokens": 8, **params})  # type: ignore[arg-type]
-    return Request.checked(name, prompt, sampling, seed, ModelLimits(VOCAB, max_model_len, eos))
+    return Request.checked(name, prompt, sampling, seed, ModelLimits(VOCAB, max_model_len, eos), cache_salt)
 
 
 def make_scheduler(**config: object) -> Scheduler:
     defaults = dict(
-        num_blocks=32, block_size=4, max_model_len=64, max_num_seqs=8, max_num_batched_tokens=32, watermark=0.0
+        num_blocks=32,
+        block_size=4,
+        max_model_len=64,
+        max_num_seqs=8,
+        max_num_batched_tokens=32,
+        watermark=0.0,
+        enable_prefix_caching=False,
     )
     return Scheduler(SchedulerConfig(**{**defaults, **config}))  # type: ignore[arg-type]
 

@@ -51,6 +51,9 @@ class WorkerConfig:
     num_gpu_blocks_override: int | None = None
     """Exact number of KV blocks; wins over every other way of sizing the pool."""
 
+    swap_space_bytes: int = 0
+    """Bytes of host memory to which blocks of this rank's pool can be moved; never more than the pool's are used."""
+
     deterministic: bool = False
     """A row's numbers depend neither on the rows beside it nor on how its tokens were cut into steps nor on threads."""
 

@@ -23,6 +23,7 @@ from quire.cluster import cli, errors
 from quire.cluster.client import Client, ServerError
 from quire.cluster.config import ServeConfig
 from quire.cluster.errors import RequestError
+from quire.cluster.prefixes import Prefix
 from quire.protos import generation_pb2 as pb
 from quire.protos import generation_pb2_grpc as pb_grpc
 
@@ -34,6 +35,7 @@ class Server(pb_grpc.GenerationServicer):
 
     def __init__(self) -> None:
         self.requests: list[pb.GenerateRequest] = []
+        self.prefixes: list[pb.ReservePrefixRequest] = []
         self.ended = threading.Event()
 
     def Generate(self, request: pb.GenerateRequest, context: Any) -> Iterator[pb.GenerateResponse]:
@@ -69,7 +71,25 @@ class Server(pb_grpc.GenerationServicer):
         return pb.ModelInfo(model="tiny")
 
     def GetLoad(self, request: pb.GetLoadRequest, context: Any) -> pb.Load:
-        return pb.Load(num_running=3)
+        return pb.Load(
+            num_running=3, blocks_total=200, blocks_free=50, blocks_cached=30, blocks_used=120,
+            blocks_reserved_prefix=10, slots_filled=1900, slots_reserved=20, slots_shared=640, block_size=16,
+            block_bytes=1 << 20, num_preemptions=7, num_swap_preemptions=5, recomputed_tokens=99,
+            swap_blocks_total=100, swap_blocks_used=40, prefix_query_tokens=1000, prefix_hit_tokens=374,
+        )  # fmt: skip
+
+    def ReservePrefix(self, request: pb.ReservePrefixRequest, context: Any) -> pb.ReservedPrefix:
+        self.prefixes.append(request)
+        return pb.ReservedPrefix(name=request.name, num_tokens=33)
+
+    def ReleasePrefix(self, request: pb.ReleasePrefixRequest, context: Any) -> pb.ReleasePrefixResponse:
+        if request.name != "kept":
+            context.abort(grpc.StatusCode.NOT_FOUND, f"no prefix {request.name!r} is reserved")
+        return pb.ReleasePrefixResponse()
+
+    def ListPrefixes(self, request: pb.ListPrefixesRequest, context: Any) -> pb.ListPrefixesResponse:
+        kept = pb.ReservedPrefix(name="kept", num_tokens=33, num_blocks=3, num_hits=4, is_ready=True)
+        return pb.ListPrefixesResponse(prefixes=[kept, pb.ReservedPrefix(name="new", num_tokens=5)])
 
 
 @pytest.fixture
@@ -115,6 +135,18 @@ def test_generate_several_samples_whole_text_and_logprobs(server: Any, capsys: p
     assert capsys.readouterr().out == "[0] one two .\n[1] one two .\n"
     assert cli.run(["generate", "one", "--url", server.url, "--no-stream", "--logprobs", "0"]) == 0
     assert capsys.readouterr() == ("one .\n", "[0] 'one' -0.5000 (rank 1)\n")
+
+
+def test_generate_asks_for_ranked_answers(server: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    beams = ["--beam-width", "4", "--length-penalty", "0.6", "--early-stopping", "never", "--n", "2"]
+    assert cli.run(["generate", "one", "--url", server.url, *beams, "--cache-salt", "tenant"]) == 0
+    assert cli.run(["generate", "one", "--url", server.url, "--best-of", "3", "--early-stopping", "true"]) == 0
+    assert capsys.readouterr().out == "[0] one .\n[1] one .\none .\n"
+    first, second = server.requests
+    assert first.cache_salt == "tenant" and second.cache_salt == ""
+    expected = pb.SamplingParams(n=2, beam_width=4, length_penalty=0.6, early_stopping=pb.EARLY_STOPPING_NEVER)
+    assert first.sampling == expected
+    assert second.sampling == pb.SamplingParams(best_of=3, early_stopping=pb.EARLY_STOPPING_TRUE)
 
 
 def test_url_comes_from_the_environment(server: Any, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
@@ -236,6 +268,46 @@ def test_chat_at_a_terminal_goes_on_after_a_failure(server: Any) -> None:
     assert [m.content for m in server.requests[-1].conversation.messages] == ["hello"]
 
 
+# -- load and prefixes
+
+
+def test_load_tells_where_every_block_is(server: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["load", "--url", server.url]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert lines[1:7] == [
+        "KV pool of 200 blocks, 200.0 MiB on each rank, 16 tokens a block:",
+        "in tables 120 blocks 120.0 MiB 60.0%",
+        "of reserved prefixes 10 blocks 10.0 MiB 5.0%",
+        "cached, evictable 30 blocks 30.0 MiB 15.0%",
+        "free 50 blocks 50.0 MiB 25.0%",
+        "token slots in tables: 1,900 filled, 20 reserved and empty (99.0% filled); 640 more without sharing",
+    ]
+    assert "swap space of 100 blocks, 100.0 MiB, of which 40 blocks are used" in lines
+    assert "prefix cache: 374 of 1,000 tokens found (37.4%)" in lines
+    assert "preemptions: 5 by swap, 2 by recompute (99 tokens)" in lines
+
+
+def test_prefixes_are_reserved_released_and_listed(
+    server: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "system.txt").write_text("Be kind.\n")
+    (tmp_path / "ids.json").write_text('{"token_ids": [1, 2], "cache_salt": "s"}')
+    url = ["--url", server.url]
+    assert cli.run(["prefix", "reserve", str(tmp_path / "system.txt"), *url]) == 0
+    assert cli.run(["prefix", "reserve", str(tmp_path / "ids.json"), *url, "--name", "n", "--cache-salt", "t"]) == 0
+    assert capsys.readouterr().out == "system: 33 tokens\nn: 33 tokens\n"
+    text, ids = server.prefixes
+    assert (text.name, text.text, text.cache_salt) == ("system", "Be kind.", "")
+    assert (ids.name, list(ids.token_ids.ids), ids.cache_salt) == ("n", [1, 2], "t")
+    assert cli.run(["prefix", "list", *url]) == 0
+    assert capsys.readouterr().out == "kept: 33 tokens, 3 blocks, 4 hits\nnew: 5 tokens, on its way\n"
+    assert cli.run(["prefix", "release", "kept", *url]) == 0
+    assert cli.run(["prefix", "release", "other", *url]) == 1
+    assert one_line(capsys) == "quire: no prefix 'other' is reserved\n"
+    assert cli.run(["prefix", "reserve", str(tmp_path / "absent"), *url]) == 1
+    assert "cannot be read" in one_line(capsys)
+
+
 # -- usage
 
 
@@ -257,6 +329,10 @@ def test_chat_at_a_terminal_goes_on_after_a_failure(server: Any) -> None:
         (["serve", "--block-size", "12"], 1, "power of two"),
         (["serve", "--gpu-memory-utilization", "nan"], 1, "above 0 and at most 1"),
         (["plan", "/no/such/model"], 1, "there is no folder"),
+        (["serve", "--reserve-prefix", "/no/such/file"], 1, "the prefix '/no/such/file' cannot be read"),
+        (["serve", "--preemption-mode", "drop"], 2, "'drop' is not one of"),
+        (["serve", "--swap-space", "nan"], 1, "--swap-space must be"),
+        (["generate", "x", "--early-stopping", "maybe"], 2, "'maybe' is not one of"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -321,6 +397,21 @@ def test_serve_hands_over_what_was_asked_for(launched: list[ServeConfig], monkey
     assert (config.host, config.address, config.drain_timeout) == ("127.0.0.1", None, 60.0)
 
 
+def test_serve_hands_over_how_memory_is_shared(launched: list[ServeConfig], tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(f"text of {name}")
+    arguments = [
+        "serve", "--device", "cpu", "--swap-space", "0.5", "--preemption-mode", "swap", "--no-enable-prefix-caching",
+        "--reserve-prefix", str(tmp_path / "a"), "--reserve-prefix", str(tmp_path / "b"), "--no-enable-admin",
+    ]  # fmt: skip
+    assert cli.run(arguments) == 3
+    (config,) = launched
+    engine = config.engine
+    assert (engine.swap_space, engine.preemption_mode, engine.enable_prefix_caching) == (0.5, "swap", False)
+    assert config.reserved_prefixes == (Prefix("a", "text of a"), Prefix("b", "text of b"))
+    assert config.enable_admin is False
+
+
 def test_defaults_of_the_command_are_those_of_the_config(launched: list[ServeConfig]) -> None:
     assert cli.run(["serve"]) == 3
     assert launched == [ServeConfig()]
@@ -359,6 +450,9 @@ def test_client_calls(server: Any) -> None:
         assert client.detokenize([1, 2]) == "[1, 2]"
         assert client.complete("a b") == "a b ."
         assert "".join(client.chat([{"role": "user", "content": "a b"}])) == "a b ."
+        assert client.reserve_prefix("p", [1, 2]).num_tokens == 33
+        assert [kept.name for kept in client.prefixes()] == ["kept", "new"]
+        client.release_prefix("kept")
         with pytest.raises(ServerError, match="no such request") as caught:
             client.abort("x")
         assert caught.value.code == grpc.StatusCode.NOT_FOUND

@@ -19,10 +19,11 @@ from quire.cluster.config import (
     ServeConfig,
     find_model,
     gpu_is_visible,
-    parse_bytes,
-    parse_count,
     resolve,
 )
+from quire.cluster.prefixes import Prefix
+from quire.protos import worker_pb2
+from quire.scheduler.config import SchedulerConfig
 from quire.worker.models.spec import ModelError
 
 CONFIG = {
@@ -57,7 +58,8 @@ def on_cpu(model: str, **settings: Any) -> EngineConfig:
 def test_defaults_on_a_cpu_are_told(model: str) -> None:
     engine = resolve(on_cpu(model))
     assert (engine.device, engine.dtype, engine.max_model_len) == ("cpu", "float32", 4096)
-    assert (engine.max_num_seqs, engine.max_num_batched_tokens, engine.max_num_waiting) == (64, 2048, 512)
+    assert (engine.max_num_seqs, engine.max_num_batched_tokens, engine.max_num_waiting) == (64, 512, 512)
+    assert (engine.swap_space_bytes, engine.preemption_mode, engine.enable_prefix_caching) == (0, "auto", True)
     assert engine.model == model and engine.model_name == model
     length, dtype = engine.notes
     assert "4096" in length and "8192" in length and "--max-model-len" in length
@@ -67,6 +69,7 @@ def test_defaults_on_a_cpu_are_told(model: str) -> None:
 def test_defaults_on_a_gpu(model: str) -> None:
     engine = resolve(on_cpu(model, device="cuda"))
     assert (engine.dtype, engine.max_model_len, engine.max_num_seqs) == ("float16", 8192, 256)
+    assert (engine.max_num_batched_tokens, engine.swap_space_bytes) == (2048, 4 << 30)
     assert engine.notes == ()
 
 
@@ -75,6 +78,47 @@ def test_what_is_asked_for_is_had(model: str) -> None:
     assert (engine.dtype, engine.max_model_len) == ("float16", 8192)
     assert (engine.max_num_seqs, engine.max_num_batched_tokens, engine.max_num_waiting) == (4096, 4096, 0)
     assert engine.notes == ()
+
+
+def test_steps_are_shorter_where_somebody_waits_for_a_first_token(model: str) -> None:
+    sizes = [
+        resolve(on_cpu(model, **settings), offline=offline).max_num_batched_tokens
+        for settings in ({}, {"max_num_seqs": 700}, {"max_num_batched_tokens": 100, "max_num_seqs": 9})
+        for offline in (False, True)
+    ]
+    assert sizes == [512, 2048, 700, 2048, 100, 100]
+
+
+def test_swap_space_is_where_swapping_is_meant(model: str) -> None:
+    def swap_space(**settings: Any) -> int:
+        engine = resolve(on_cpu(model, **settings))
+        assert engine.worker_config(0).swap_space_bytes == engine.swap_space_bytes
+        return engine.swap_space_bytes
+
+    assert swap_space(swap_space=0.5) == 1 << 29
+    assert swap_space(preemption_mode="swap") == 4 << 30
+    assert swap_space(preemption_mode="recompute", swap_space=1) == 0
+    assert swap_space(device="cuda", preemption_mode="recompute") == 0
+    assert swap_space(device="cuda", swap_space=0) == 0
+
+
+def test_the_scheduler_gets_what_all_ranks_have_at_the_pace_of_the_slowest(model: str) -> None:
+    engine = resolve(on_cpu(model, preemption_mode="swap", enable_prefix_caching=False, max_num_waiting=3))
+    ranks = [
+        worker_pb2.WorkerDescription(
+            num_swap_blocks=30, bytes_per_block=500, link_bytes_per_s=3e9, prefill_tokens_per_s=900.0
+        ),
+        worker_pb2.WorkerDescription(
+            num_swap_blocks=20, bytes_per_block=700, link_bytes_per_s=2e9, prefill_tokens_per_s=950.0
+        ),
+    ]
+    made = engine.scheduler_config(300, ranks)
+    assert made == SchedulerConfig(
+        num_blocks=300, block_size=16, max_model_len=4096, max_num_seqs=64, max_num_batched_tokens=512,
+        max_num_waiting=3, enable_prefix_caching=False, preemption_mode="swap", num_swap_blocks=20, block_bytes=700,
+        link_bytes_per_s=2e9, prefill_tokens_per_s=900.0,
+    )  # fmt: skip
+    assert engine.scheduler_config(256, ranks[:1]).num_swap_blocks == 30
 
 
 def test_bfloat16_is_kept_and_told_where_it_is_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,6 +173,10 @@ def test_limits_info_and_names(model: str) -> None:
         ({"load_format": "pickle"}, "--load-format must be one of"),
         ({"tensor_parallel_size": 0}, "--tensor-parallel-size must be at least 1"),
         ({"max_num_seqs": 0}, "--max-num-seqs must be at least 1"),
+        ({"preemption_mode": "drop"}, "--preemption-mode must be one of auto, swap, recompute"),
+        ({"swap_space": -1.0}, "--swap-space must be a number of GiB"),
+        ({"swap_space": math.nan}, "--swap-space must be a number of GiB"),
+        ({"swap_space": 0.0, "preemption_mode": "swap"}, "needs a swap space"),
         ({"max_num_batched_tokens": -1}, "--max-num-batched-tokens must be at least 1"),
         ({"kv_cache_memory_bytes": 0}, "--kv-cache-memory-bytes must be at least 1"),
         ({"max_num_waiting": -1}, "--max-num-waiting"),
@@ -235,30 +283,3 @@ def test_device_auto_follows(model: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert resolve(on_cpu(model, device="auto")).device == "cuda"
     monkeypatch.setattr(config_module, "gpu_is_visible", lambda: False)
     assert resolve(on_cpu(model, device="auto")).device == "cpu"
-
-
-# -- sizes
-
-
-@pytest.mark.parametrize(
-    ("text", "value"), [("4096", 4096), ("8k", 8000), ("1K", 1024), ("25.6k", 25600), (" 2M ", 2 << 20), ("1m", 10**6)]
-)
-def test_counts(text: str, value: int) -> None:
-    assert parse_count(text) == value
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [("1024", 1024), ("512M", 512 << 20), ("2GiB", 2 << 30), ("2G", 2 << 30), ("80GB", 80 * 10**9),
-     ("1.5 GiB", 3 << 29), ("2g", 2 * 10**9), ("1TiB", 1 << 40), ("5B", 5)],
-)  # fmt: skip
-def test_bytes(text: str, value: int) -> None:
-    assert parse_bytes(text) == value
-
-
-@pytest.mark.parametrize("text", ["", "k", "8q", "-1", "1.5", "1e3", "0x10", "8 k k", "1" * 400, "٣", "nan"])
-def test_sizes_refused(text: str) -> None:
-    with pytest.raises(ConfigError):
-        parse_count(text)
-    with pytest.raises(ConfigError):
-        parse_bytes(text)

@@ -14,7 +14,7 @@ from typing import Any
 
 import grpc
 import pytest
-from fake_worker import VOCAB, FakeWorker, expected_output
+from fake_worker import VOCAB, FakeWorker, expected_candidates, expected_output
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from quire.cluster import errors
@@ -123,7 +123,7 @@ def test_streams_bring_exactly_the_tokens_that_the_prompts_call_for():
             assert answers == [expected_output([i, i + 1, 2], 3, 20) for i in range(20)]
             await controller.audit()
             load = await load_of(stub)
-            assert load.blocks_free == load.blocks_total == 64 and not load.open_requests
+            assert load.blocks_free + load.blocks_cached == load.blocks_total == 64 and not load.open_requests
 
     asyncio.run(scenario())
 
@@ -280,6 +280,128 @@ def test_one_sample_can_be_ended_while_its_siblings_go_on():
             assert ends == {0: 40, 2: 40} and len(tokens[0]) == len(tokens[2]) == 40
             await controller.audit()
             assert (await load_of(stub)).blocks_used == 0
+
+    asyncio.run(scenario())
+
+
+def best_of(prompt: list[int], n: int, count: int, length: int) -> list[list[int]]:
+    """The n best of so many samples, by their mean log-probability."""
+    sampled = [expected_output(prompt, 3 + index * 0x9E3779B97F4A7C15, length) for index in range(count)]
+
+    def mean(tokens: list[int]) -> float:
+        known = [*prompt, *tokens]
+        values = []
+        for position in range(len(prompt), len(known)):
+            candidates = expected_candidates(known[:position], VOCAB)
+            values.append(dict(candidates)[known[position]])
+        return sum(values) / len(values)
+
+    return sorted(sampled, key=mean, reverse=True)[:n]
+
+
+def test_ranked_answers_come_when_the_last_candidate_has_ended():
+    async def scenario() -> None:
+        async with serving() as (controller, executor, stub):
+            call = generate(stub, [1, 2], "ranked", n=2, best_of=4, max_tokens=9)
+            reader = asyncio.ensure_future(read_ranked(call))
+            await until(lambda: open_streams_are(controller, 1))
+            with pytest.raises(grpc.aio.AioRpcError, match="ranked when all have ended") as refusal:
+                await stub.Abort(pb.AbortRequest(request_id="ranked", index=1), metadata=bearer(TOKEN))
+            assert refusal.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+            executor.run_freely()
+            answers = await reader
+            assert [tokens for tokens, _ in answers] == best_of([1, 2], 2, 4, 9)
+            for _, end in answers:
+                assert end.score == pytest.approx(end.cumulative_logprob / 9)
+            assert answers[0][1].score >= answers[1][1].score
+            await controller.audit()
+            assert (await load_of(stub)).blocks_used == 0
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("sampling", [{"n": 2, "best_of": 4}, {"n": 2, "beam_width": 3}])
+def test_ranked_requests_that_are_left_free_their_blocks(sampling):
+    async def scenario() -> None:
+        async with serving() as (controller, executor, stub):
+            calls = [generate(stub, [i], str(i), max_tokens=30, **sampling) for i in range(3)]
+            readers = [asyncio.ensure_future(read_ranked(call)) for call in calls]
+            await until(lambda: open_streams_are(controller, 3))
+            executor.permits.release(3)
+            calls[0].cancel()
+            await until(lambda: open_streams_are(controller, 2))
+            abort = asyncio.ensure_future(stub.Abort(pb.AbortRequest(request_id="1"), metadata=bearer(TOKEN)))
+            await asyncio.sleep(0.05)
+            executor.run_freely()
+            await abort
+            ended = await asyncio.gather(*readers, return_exceptions=True)
+            assert [_code(error) for error in ended[:2]] == [grpc.StatusCode.CANCELLED] * 2
+            assert [len(tokens) for tokens, _ in ended[2]] == [30, 30]
+            await controller.audit()
+            assert (await load_of(stub)).blocks_used == 0
+
+    asyncio.run(scenario())
+
+
+async def read_ranked(call: Any) -> list[tuple[list[int], pb.Finished]]:
+    """The answers, which come one after the other, best first."""
+    answers: list[tuple[list[int], pb.Finished]] = []
+    tokens: list[int] = []
+    async for message in call:
+        if message.HasField("output"):
+            assert message.output.index == len(answers) and message.output.seq == len(tokens)
+            tokens.extend(message.output.token_ids)
+        elif message.HasField("finished"):
+            assert message.finished.index == len(answers) and message.finished.seq == len(tokens)
+            answers.append((tokens, message.finished))
+            tokens = []
+    return answers
+
+
+def test_a_reserved_prefix_is_computed_once_and_found_by_those_of_its_salt():
+    async def scenario() -> None:
+        async with serving() as (controller, executor, stub):
+            executor.run_freely()
+            prefix, secret = list(range(1, 11)), bearer(TOKEN)
+
+            async def reserve(name: str, ids: list[int], salt: str = "") -> pb.ReservedPrefix:
+                request = pb.ReservePrefixRequest(name=name, token_ids=pb.TokenIds(ids=ids), cache_salt=salt)
+                return await stub.ReservePrefix(request, metadata=secret)
+
+            async def listed() -> list[pb.ReservedPrefix]:
+                return list((await stub.ListPrefixes(pb.ListPrefixesRequest(), metadata=secret)).prefixes)
+
+            async def is_ready() -> bool:
+                return all(kept.is_ready for kept in await listed())
+
+            assert (await reserve("p", prefix, "tenant")).num_tokens == 10
+            await until(is_ready)
+            before = await load_of(stub)
+            assert before.blocks_reserved_prefix == before.blocks_used == 3
+            for salt, found in (("tenant", 10), ("", 0)):
+                message = request([*prefix, 11, 12], max_tokens=4)
+                message.cache_salt = salt
+                hits = (await load_of(stub)).prefix_hit_tokens
+                assert await read_all(stub.Generate(message, metadata=secret)) == expected_output(
+                    [*prefix, 11, 12], 3, 4
+                )
+                assert (await load_of(stub)).prefix_hit_tokens - hits == found
+            assert [kept.num_hits for kept in await listed()] == [1]
+            for name, ids, words in (
+                ("p", prefix, "already"),
+                ("q", [], "empty"),
+                ("q", [VOCAB], "vocabulary"),
+                ("q", [1] * 64, "63 fit"),
+            ):
+                with pytest.raises(grpc.aio.AioRpcError, match=words) as refusal:
+                    await reserve(name, ids)
+                assert refusal.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+            await stub.ReleasePrefix(pb.ReleasePrefixRequest(name="p"), metadata=secret)
+            assert await listed() == [] and (await load_of(stub)).blocks_used == 0
+            with pytest.raises(grpc.aio.AioRpcError, match="no prefix 'p'") as refusal:
+                await stub.ReleasePrefix(pb.ReleasePrefixRequest(name="p"), metadata=secret)
+            assert refusal.value.code() is grpc.StatusCode.NOT_FOUND
+            await controller.audit()
 
     asyncio.run(scenario())
 

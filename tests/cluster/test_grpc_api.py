@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import grpc
@@ -24,7 +24,10 @@ from quire.protos import generation_pb2 as pb
 from quire.protos import generation_pb2_grpc as pb_grpc
 
 CODE = grpc.StatusCode
-TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|assistant|>"
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 
 
 def make_tokenizer(template: str | None = TEMPLATE) -> Tokenizer:
@@ -73,6 +76,8 @@ class Controller(pb_grpc.GenerationServicer):
     request: pb.GenerateRequest | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
     """Of a short call."""
+    calls: list[Any] = field(default_factory=list)
+    """What came by the operator's calls and by Abort."""
     started: pb.Started | None = None
     """What the client got."""
     entered: asyncio.Event = field(default_factory=asyncio.Event)
@@ -94,7 +99,20 @@ class Controller(pb_grpc.GenerationServicer):
         finally:
             self.ended.set()
 
+    async def ReservePrefix(self, request: pb.ReservePrefixRequest, context: Any) -> pb.ReservedPrefix:
+        self.calls.append(request)
+        return pb.ReservedPrefix(name=request.name, num_tokens=len(request.token_ids.ids))
+
+    async def ReleasePrefix(self, request: pb.ReleasePrefixRequest, context: Any) -> pb.ReleasePrefixResponse:
+        self.calls.append(request)
+        return pb.ReleasePrefixResponse()
+
+    async def ListPrefixes(self, request: pb.ListPrefixesRequest, context: Any) -> pb.ListPrefixesResponse:
+        self.calls.append(request)
+        return pb.ListPrefixesResponse(prefixes=[pb.ReservedPrefix(name="kept")])
+
     async def Abort(self, request: pb.AbortRequest, context: Any) -> pb.AbortResponse:
+        self.calls.append(request)
         await errors.abort(context, RequestError(CODE.NOT_FOUND, f"no request {request.request_id}", "request_id"))
 
     async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: Any) -> pb.ModelInfo:
@@ -348,6 +366,108 @@ def test_both_samples_stopped_end_the_request() -> None:
     messages = stopped(script, text_request(n=2, stop=["END"]))
     assert outputs(messages, 0) == [(0, ids_of("aEND"), "a")]
     assert outputs(messages, 1)[-1] == (1, ids_of("END"), "")
+
+
+# -- ranked answers
+
+
+def ranked_script(*texts: str) -> list[pb.GenerateResponse]:
+    """Whole answers in two messages each, as a controller sends them."""
+    script = []
+    for index, text in enumerate(texts):
+        half, length = len(text) // 2, len(ids_of(text))
+        end = finished(length, index)
+        end.finished.cumulative_logprob, end.finished.score = -2.0 - index, -1.0 - index
+        script += [output(text[:half], 0, index), output(text[half:], half, index), end]
+    return script
+
+
+@pytest.mark.parametrize("how", [{"beam_width": 3}, {"best_of": 4}])
+def test_a_stop_string_cuts_a_ranked_answer_which_keeps_its_score(how: dict[str, int]) -> None:
+    async def main() -> tuple[list[Any], Controller]:
+        controller = Controller(ranked_script("one END two three", "four five", "six END"))
+        async with serving(controller) as channel:
+            call = pb_grpc.GenerationStub(channel).Generate(text_request(n=3, stop=["END"], **how), timeout=10)
+            messages = [message async for message in call]
+            await asyncio.sleep(0.05)
+        return messages[1:], controller
+
+    messages, controller = asyncio.run(main())
+    assert [outputs(messages, index) for index in range(3)] == [
+        [(0, ids_of("one END"), "one ")],
+        [(0, ids_of("four"), "four"), (4, ids_of(" five"), " five")],
+        [(0, ids_of("six"), "six"), (3, ids_of(" END"), " ")],
+    ]
+    ends = [message.finished for message in messages if message.HasField("finished")]
+    assert [(end.index, end.seq, end.stop_string) for end in ends] == [(0, 7, "END"), (1, 9, ""), (2, 7, "END")]
+    assert [end.reason for end in ends] == [pb.FINISH_REASON_STOP, pb.FINISH_REASON_LENGTH, pb.FINISH_REASON_STOP]
+    assert [(end.cumulative_logprob, end.score) for end in ends] == [(-2, -1), (-3, -2), (-4, -3)]
+    assert controller.calls == []  # nobody has to be told to forget an answer that is complete
+
+
+def test_the_parameters_of_ranked_answers_go_upstream() -> None:
+    request = text_request(n=1, beam_width=4, length_penalty=0.6, early_stopping=pb.EARLY_STOPPING_NEVER)
+    request.cache_salt = "tenant größe 1"
+    controller = sent_upstream(request)
+    assert controller.request is not None and controller.request.cache_salt == "tenant größe 1"
+    sampling = controller.request.sampling
+    assert (sampling.beam_width, sampling.length_penalty, sampling.early_stopping) == (4, 0.6, pb.EARLY_STOPPING_NEVER)
+
+
+@pytest.mark.parametrize("salt", ["x" * 129, "a\nb"])
+def test_salts_are_printable_and_short(salt: str) -> None:
+    error = fails(pb.GenerateRequest(text="hi", cache_salt=salt), CODE.INVALID_ARGUMENT)
+    assert error.field == "cache_salt" and "128 printable characters" in error.message
+
+
+# -- the operator's calls
+
+OPERATORS = replace(SETTINGS, enable_admin=True)
+
+
+def operators_call(method: str, request: Any, **options: Any) -> tuple[Any, Any]:
+    """The answer, and what reached the controller."""
+
+    async def main() -> tuple[Any, Any]:
+        controller = Controller()
+        async with serving(controller, settings=OPERATORS, **options) as channel:
+            answer = await getattr(pb_grpc.GenerationStub(channel), method)(request, timeout=10)
+        (call,) = controller.calls
+        return answer, call
+
+    return asyncio.run(main())
+
+
+def test_prefixes_go_upstream_as_the_ids_that_prompts_begin_with() -> None:
+    conversation = pb.Conversation(messages=[pb.ChatMessage(role="system", content="hi")])
+    for given, expected in (
+        ({"text": "hi"}, "hi"),
+        ({"token_ids": pb.TokenIds(ids=ids_of("hi"))}, "hi"),
+        ({"conversation": conversation}, "<|system|>hi"),  # and no turn of the assistant
+    ):
+        request = pb.ReservePrefixRequest(name="p", cache_salt="s", **given)
+        answer, call = operators_call("ReservePrefix", request)
+        assert (call.name, call.cache_salt, TOKENIZER.decode(call.token_ids.ids)) == ("p", "s", expected)
+        assert (answer.name, answer.num_tokens) == ("p", len(call.token_ids.ids))
+    assert operators_call("ReleasePrefix", pb.ReleasePrefixRequest(name="p"))[1].name == "p"
+    assert operators_call("ListPrefixes", pb.ListPrefixesRequest())[0].prefixes[0].name == "kept"
+
+
+@pytest.mark.parametrize("method", ["ReservePrefix", "ReleasePrefix", "ListPrefixes"])
+def test_the_operators_calls_are_refused_where_they_are_not_meant_to_be(method: str) -> None:
+    kind = {"ReservePrefix": pb.ReservePrefixRequest, "ReleasePrefix": pb.ReleasePrefixRequest}
+    error = fails(kind.get(method, pb.ListPrefixesRequest)(), CODE.PERMISSION_DENIED, method=method)
+    assert error.reason == "ADMIN_DISABLED" and "--enable-admin" in error.message
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [({"name": ""}, "name"), ({"name": "a\nb"}, "name"), ({"cache_salt": "\t"}, "cache_salt"), ({"text": ""}, "text")],
+)
+def test_prefixes_that_cannot_be_kept(changes: dict[str, str], field: str) -> None:
+    request = pb.ReservePrefixRequest(**{"name": "p", "text": "hi", **changes})
+    error = fails(request, CODE.INVALID_ARGUMENT, method="ReservePrefix", settings=OPERATORS)
+    assert error.field == field
 
 
 # -- failures upstream, deadlines, clients that go

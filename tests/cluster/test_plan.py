@@ -139,7 +139,7 @@ def test_weights_alone_may_be_too_much(engine: ResolvedEngine) -> None:
 
 
 def on_cpu(engine: ResolvedEngine, **settings: Any) -> ResolvedEngine:
-    return replace(engine, device="cpu", **settings)
+    return replace(engine, device="cpu", **{"swap_space_bytes": 0, **settings})
 
 
 def test_on_a_cpu_the_pool_is_a_share_of_what_the_weights_leave(engine: ResolvedEngine) -> None:
@@ -152,14 +152,22 @@ def test_on_a_cpu_the_pool_is_a_share_of_what_the_weights_leave(engine: Resolved
 
 
 def test_on_a_cpu_a_model_larger_than_the_memory_does_not_fit(engine: ResolvedEngine) -> None:
-    for settings in ({}, {"kv_cache_memory_bytes": 64 * BLOCK}, {"num_gpu_blocks_override": 64}):
+    for settings in (
+        {},
+        {"kv_cache_memory_bytes": 64 * BLOCK},
+        {"num_gpu_blocks_override": 64},
+        {"swap_space_bytes": 5 * BLOCK},
+        {"swap_space_bytes": 1 << 40},
+        {"num_gpu_blocks_override": 64, "swap_space_bytes": 5 * BLOCK},
+    ):
         plan = make_plan(on_cpu(engine, **settings), host_memory=WEIGHTS // 2)
         assert plan.fits is False
         (advice,) = plan.advice
         assert advice.startswith("make ") and advice.endswith(" of memory available")
         needed = _needed_on_cpu(plan)
         assert make_plan(on_cpu(engine, **settings), host_memory=needed).fits
-        assert not make_plan(on_cpu(engine, **settings), host_memory=needed - BLOCK).fits
+        # Pools are whole blocks: where it is a share of what is left, some memory makes no difference.
+        assert not make_plan(on_cpu(engine, **settings), host_memory=needed - 12 * BLOCK).fits
     assert make_plan(on_cpu(engine)).fits is None
 
 
@@ -171,6 +179,15 @@ def test_on_a_cpu_the_packed_copy_of_a_tied_head_counts(
         monkeypatch.setattr("quire.cluster.plan.packs_bfloat16", lambda packs=packs: packs)
         assert dict(make_plan(tied).weights)["head"] == head
         assert dict(make_plan(replace(tied, device="cuda")).weights)["head"] == 0
+
+
+def test_swap_space_is_the_hosts_and_no_larger_than_the_pool(engine: ResolvedEngine) -> None:
+    plan = make_plan(engine, budget(FIXED + 130 * BLOCK))
+    assert (engine.swap_space_bytes, plan.swap_bytes) == (4 << 30, 130 * BLOCK)
+    few = make_plan(replace(engine, swap_space_bytes=10 * BLOCK), budget(FIXED + 130 * BLOCK))
+    assert few.swap_bytes == 10 * BLOCK and few.num_blocks == 130
+    assert "swap space (host)" in render(few)
+    assert "swap space" not in render(make_plan(replace(engine, swap_space_bytes=0), budget(FIXED + 130 * BLOCK)))
 
 
 def test_rendering(engine: ResolvedEngine) -> None:

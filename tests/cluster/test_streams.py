@@ -9,16 +9,16 @@ import grpc
 import pytest
 from schedulers import make_request
 
-from quire.cluster.controller import _Stream
 from quire.cluster.errors import RequestError
+from quire.cluster.streams import Stream
 from quire.cluster.wire import MAX_TOKENS_PER_MESSAGE
 from quire.protos import generation_pb2 as pb
-from quire.scheduler.plan import Logprobs
+from quire.scheduler.plan import Answer, Logprobs
 from quire.scheduler.sequence import FinishReason
 
 
-def stream_of(**params: Any) -> _Stream:
-    return _Stream(make_request("a", [1], max_model_len=2048, **{"max_tokens": 1000, **params}))
+def stream_of(**params: Any) -> Stream:
+    return Stream(make_request("a", [1], max_model_len=2048, **{"max_tokens": 1000, **params}))
 
 
 async def take(messages: Any) -> pb.GenerateResponse:
@@ -99,5 +99,56 @@ def test_logits_that_were_not_numbers_end_the_stream():
         stream.push(0, -1, FinishReason.ERROR, None)
         with pytest.raises(RequestError, match="not numbers"):
             await take(stream.messages())
+
+    asyncio.run(scenario())
+
+
+def answer(stream: Stream, index: int, token_ids: list[int], reason: FinishReason = FinishReason.LENGTH) -> Answer:
+    logprobs = tuple(Logprobs((token,), (-1.0,), 1) for token in token_ids)
+    asked = logprobs if stream.request.params.logprobs is not None else ()
+    return Answer(stream.request, index, tuple(token_ids), asked, -0.5 * len(token_ids), -0.5, reason)
+
+
+def test_ranked_answers_come_whole_best_first_and_with_their_scores():
+    async def scenario() -> None:
+        stream, length = stream_of(n=2, best_of=3, logprobs=0, stop_token_ids=[5]), MAX_TOKENS_PER_MESSAGE + 2
+        long = [token % 4 for token in range(length)]
+        for made in (answer(stream, 1, [9, 5], FinishReason.STOP), answer(stream, 0, long)):
+            assert stream.is_unfinished
+            stream.push_answer(made)
+        assert not stream.is_unfinished
+        found = [message async for message in stream.messages()]
+        assert " ".join(message.WhichOneof("event") for message in found) == "output output finished output finished"
+        first, rest, end, second, last = found
+        assert (first.output.index, first.output.seq, rest.output.seq) == (0, 0, MAX_TOKENS_PER_MESSAGE)
+        assert [*first.output.token_ids, *rest.output.token_ids] == long
+        assert len(first.output.logprobs) == MAX_TOKENS_PER_MESSAGE and len(rest.output.logprobs) == 2
+        assert end.finished == pb.Finished(
+            seq=length, reason=pb.FINISH_REASON_LENGTH, cumulative_logprob=-0.5 * length, score=-0.5
+        )
+        assert (second.output.index, list(second.output.token_ids)) == (1, [9, 5])
+        assert last.finished == pb.Finished(
+            index=1, seq=2, reason=pb.FINISH_REASON_STOP, stop_token_id=5, cumulative_logprob=-1.0, score=-0.5
+        )
+
+    asyncio.run(scenario())
+
+
+def test_a_candidate_whose_logits_were_not_numbers_ends_the_stream():
+    async def scenario() -> None:
+        stream = stream_of(beam_width=2)
+        stream.push_answer(answer(stream, 0, [], FinishReason.ERROR))
+        with pytest.raises(RequestError, match="not numbers"):
+            await take(stream.messages())
+
+    asyncio.run(scenario())
+
+
+def test_samples_that_are_not_ranked_have_no_score():
+    async def scenario() -> None:
+        stream = stream_of()
+        stream.push(0, 7, FinishReason.LENGTH, None)
+        _, end = [message.finished async for message in stream.messages()]
+        assert end.seq == 1 and not end.HasField("cumulative_logprob") and not end.HasField("score")
 
     asyncio.run(scenario())

@@ -8,13 +8,14 @@ from schedulers import answer, make_request, make_scheduler
 from quire.scheduler.blocks import AuditError
 from quire.scheduler.decoding import DecodingSet
 from quire.scheduler.scheduler import Scheduler
+from quire.scheduler.groups import Group
 from quire.scheduler.sequence import Clock, Sequence
 from quire.scheduler.stops import NOT_A_NUMBER, StopTokens
 
 
 def decoding(arrival: int, num_tokens: int, capacity: int, max_tokens: int = 20) -> Sequence:
     """All its tokens but one are computed."""
-    sequence = Sequence(make_request(str(arrival), [1] * num_tokens, max_tokens=max_tokens), 0, arrival)
+    sequence = Sequence(Group(make_request(str(arrival), [1] * num_tokens, max_tokens=max_tokens), arrival), 0, arrival)
     sequence.compute(num_tokens - 1)
     sequence.row, sequence.capacity = 10 + arrival, capacity
     return sequence

@@ -155,8 +155,9 @@ def test_n_samples_are_n_sequences_with_seeds_of_their_own():
     scheduler = make_scheduler()
     scheduler.add(make_request("a", prompt(3), n=3, seed=11))
     plan = scheduler.schedule()
-    seeds = [a.seed for a in plan.admitted]
+    seeds = [plan.admitted[0].seed, *(fork.seed for fork in plan.branched)]
     assert len(set(seeds)) == 3 and seeds[0] == 11
+    assert [(fork.parent, fork.child) for fork in plan.branched] == [(0, 1), (0, 2)] and plan.num_sampled == 3
     assert [e.sequence.index for e in answer(scheduler, plan)] == [0, 1, 2]
     assert scheduler.cancel("a", index=1) and scheduler.num_requests == 1
     assert scheduler.schedule().rows == (0, 2)
