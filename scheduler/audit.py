@@ -2,42 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from quire.scheduler.blocks import AuditError
 from quire.scheduler.groups import Group
 from quire.scheduler.sequence import Sequence, Status
+from quire.scheduler.state import State
+from quire.scheduler.stats import MemoryUse
 
-if TYPE_CHECKING:
-    from quire.scheduler.scheduler import Scheduler
 
-
-def audit_scheduler(scheduler: Scheduler) -> None:
+def audit_state(state: State, memory: MemoryUse) -> None:
     """Raises AuditError."""
-    sequences = list(scheduler.sequences())
+    sequences = list(state.sequences())
     kept = [block for s in sequences if s.join is not None for block in s.join.block_ids]
-    scheduler.tables.audit([*sequences, *scheduler.prefixes.ready], kept)
+    state.tables.audit([*sequences, *state.prefixes.ready], kept)
     for sequence in sequences:
         _audit_sequence(sequence)
-    for group in (*scheduler.groups, *scheduler.waiting):
+    for group in (*state.running.groups, *state.waiting):
         _audit_group(group)
-    _audit_order(scheduler)
-    _audit_rows(scheduler)
-    scheduler._decoding.audit([s for s in scheduler.running if s.group.search is None and not s.group.is_led])
-    prefilling = [s for s in scheduler.running if s.gap > 1 or s.group.is_led or _is_unread_beam(scheduler, s)]
-    if scheduler._prefilling != prefilling:
-        raise AuditError(f"{scheduler._prefilling} are not the running sequences with chunks to compute: {prefilling}")
-    joining = [group for group in scheduler.groups if group.has_joining]
-    if not set(joining) <= set(scheduler._joining):
-        raise AuditError(f"{joining} have sequences that wait for siblings")
-    scheduler._stops.audit(held[0].request.stop_token_ids for held in scheduler._requests.values())
-    _audit_memory(scheduler)
-
-
-def _is_unread_beam(scheduler: Scheduler, sequence: Sequence) -> bool:
-    """A beam with one known token to compute that no plan has taken up and no search has chosen in this step."""
-    group = sequence.group
-    return group.search is not None and sequence.num_in_flight == 0 and group not in scheduler._searched
+    state.running.audit()
+    state.waiting.audit()
+    state.requests.audit(sequences)
+    _audit_memory(state, memory)
 
 
 def _audit_sequence(sequence: Sequence) -> None:
@@ -67,37 +51,10 @@ def _audit_group(group: Group) -> None:
         raise AuditError(f"{group} was promised {group.num_promised} rows, and has {wanted} to take")
 
 
-def _audit_order(scheduler: Scheduler) -> None:
-    for sequence in (scheduler.running, [*scheduler.groups], [*scheduler.waiting]):
-        arrivals = [item.arrival for item in sequence]
-        if arrivals != sorted(set(arrivals)):
-            raise AuditError(f"{sequence} are not in order of arrival")
-    in_groups = {id(s) for group in scheduler.groups for s in group.sequences if s.status is Status.RUNNING}
-    if in_groups != {id(sequence) for sequence in scheduler.running}:
-        raise AuditError("the running sequences are not those of the running groups")
-    held = {id(sequence) for sequences in scheduler._requests.values() for sequence in sequences}
-    if held != {id(sequence) for sequence in scheduler.sequences()}:
-        raise AuditError("the requests and the groups do not hold the same sequences")
-    if scheduler.num_waiting != sum(group.num_rows for group in scheduler.waiting):
-        raise AuditError(f"{scheduler.num_waiting} sequences wait by the count, not by the queue")
-
-
-def _audit_rows(scheduler: Scheduler) -> None:
-    rows = [sequence.row for sequence in scheduler.running]
-    if sorted(rows + scheduler._free_rows) != list(range(scheduler.config.max_num_seqs)):
-        raise AuditError(f"rows {sorted(rows)} in use and {sorted(scheduler._free_rows)} free do not make up the table")
-    promised = sum(group.num_promised for group in scheduler.groups)
-    if promised != scheduler._num_promised or promised > len(scheduler._free_rows):
-        raise AuditError(
-            f"{scheduler._num_promised} of {len(scheduler._free_rows)} free rows are promised, {promised} by groups"
-        )
-
-
-def _audit_memory(scheduler: Scheduler) -> None:
-    memory = scheduler.memory()
+def _audit_memory(state: State, memory: MemoryUse) -> None:
     total = memory.blocks_free + memory.blocks_cached + memory.blocks_used
     slots = memory.slots_filled + memory.slots_reserved
-    if total != memory.blocks_total or slots != memory.blocks_used * scheduler.config.block_size or min(memory) < 0:
+    if total != memory.blocks_total or slots != memory.blocks_used * state.config.block_size or min(memory) < 0:
         raise AuditError(f"memory does not add up: {memory}")
-    if memory.blocks_reserved_prefix != scheduler.prefixes.count_blocks():
-        raise AuditError(f"reserved prefixes keep {scheduler.prefixes.count_blocks()} blocks: {memory}")
+    if memory.blocks_reserved_prefix != state.prefixes.count_blocks():
+        raise AuditError(f"reserved prefixes keep {state.prefixes.count_blocks()} blocks: {memory}")

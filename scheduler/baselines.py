@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 from collections import deque
+from dataclasses import replace
 
 from quire.scheduler.blocks import AuditError, BlockPool
 from quire.scheduler.buddy import Buddy
@@ -86,6 +87,10 @@ class ContiguousTables(BlockTables):
     def has_run_for(self, request: Request) -> bool:
         return self.pool.buddy.fits(self.blocks_for(self.slots_for(request)))
 
+    def needed_to_begin(self, sequences: list[Sequence], found: list[int], shares: list[int] | None) -> int:  # noqa: ARG002
+        """Where no run is long enough: more than there are."""
+        return 0 if self.has_run_for(sequences[0].request) else self.pool.num_blocks + 1
+
     def reserve(self, sequence: Sequence) -> None:
         """The caller has asked `has_run_for`."""
         slots = self.slots_for(sequence.request)
@@ -125,17 +130,12 @@ class Orca(Scheduler):
 
     def __init__(self, config: SchedulerConfig, reserve: Reserve) -> None:
         tables = ContiguousTables(config.num_blocks, config.block_size, reserve, config.max_model_len)
-        super().__init__(config, tables=tables)
+        super().__init__(replace(config, enable_prefix_caching=False), tables=tables)
 
     def add(self, request: Request) -> None:
         if request.params.num_sequences > 1:
             raise InvalidRequest("n", "a contiguous pool shares nothing; send a request for each sample")
         super().add(request)
-
-    def _blocks_to_admit(self, group: Group, found: list[int]) -> int:  # noqa: ARG002
-        """Where no run is long enough: more than there are."""
-        fits = self.tables.has_run_for(group.request)
-        return 0 if fits else self.pool.num_blocks + 1
 
 
 class FasterTransformer:

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Iterator, Sequence
-from heapq import merge
+from collections.abc import Sequence
+from itertools import repeat
+from operator import itemgetter
 from typing import NamedTuple
 
 from quire.scheduler.plan import Answer, Logprobs
@@ -23,6 +24,7 @@ from quire.scheduler.sequence import FinishReason
 Candidates = Sequence[tuple[int, float]]
 """Tokens with their log-probabilities after one beam, best first."""
 
+_cumulative = itemgetter(0)
 _MIN_FLOAT32, _MAX_FLOAT32 = 2.0**-126, (2.0 - 2.0**-23) * 2.0**127
 
 
@@ -142,6 +144,8 @@ class BeamSearch:
         live: list[_Node] = []
         moves: list[Move] = []
         for place, (cumulative, parent, rank) in enumerate(self._continuations(candidates)):
+            if not math.isfinite(cumulative):
+                break  # tokens that cannot be sampled: they stand last
             token, logprob = candidates[parent][rank - 1]
             is_stop = token in self._stop_token_ids
             if not (is_stop or is_full):
@@ -166,18 +170,15 @@ class BeamSearch:
         nothing = Hypothesis((), (), 0.0, 0.0, FinishReason.ERROR)
         return answers + [nothing] * (self.n - len(answers))
 
-    def _continuations(self, candidates: Sequence[Candidates]) -> Iterator[tuple[float, int, int]]:
+    def _continuations(self, candidates: Sequence[Candidates]) -> list[tuple[float, int, int]]:
         """(cumulative log-probability, beam, rank of the token) of all beams' continuations, best first."""
-
-        def ranked(parent: int, before: float, row: Candidates) -> Iterator[tuple[float, int, int]]:
+        entries: list[tuple[float, int, int]] = []
+        for parent, (node, row) in enumerate(zip(self._live, candidates, strict=True)):
+            before = node.cumulative
             sums = array("f", [before + logprob for _, logprob in row])
-            return ((total, parent, rank) for rank, total in enumerate(sums, 1) if math.isfinite(total))
-
-        rows = [
-            ranked(parent, node.cumulative, row)
-            for parent, (node, row) in enumerate(zip(self._live, candidates, strict=True))
-        ]
-        return merge(*rows, key=_first, reverse=True)
+            entries.extend(zip(sums, repeat(parent), range(1, len(row) + 1)))
+        entries.sort(key=_cumulative, reverse=True)
+        return entries
 
     def _node(self, parent: int, row: Candidates, rank: int, cumulative: float) -> _Node:
         token, logprob = row[rank - 1]
@@ -242,10 +243,6 @@ def _logprobs(node: _Node) -> Logprobs:
         values=(node.logprob, *(logprob for _, logprob in node.candidates)),
         rank=node.rank,
     )
-
-
-def _first(entry: tuple[float, int, int]) -> float:
-    return entry[0]
 
 
 def _float32(value: float) -> float:

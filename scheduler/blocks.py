@@ -35,7 +35,7 @@ class BlockPool:
         self._holder: dict[bytes, int] = {}
 
     def allocate(self) -> int:
-        """Take the next free block, with one reference; what it held is forgotten. The caller has checked `num_free`."""
+        """Take the next free block, with one reference; what it held is forgotten. The caller has checked num_free."""
         block = self._next[self.num_blocks]
         if block == self.num_blocks:
             raise AuditError("no free block: the caller must check num_free first")

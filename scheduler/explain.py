@@ -58,6 +58,7 @@ class Sums:
     num_cached_tokens: int = 0
     """Tokens found in the prefix cache or in a reserved prefix, each time it was let in."""
     num_recomputed_tokens: int = 0
+    """Given up by preemptions, and not found in the cache afterwards."""
     num_copied_blocks: int = 0
     num_discarded_tokens: int = 0
     """Lost to planning ahead."""
@@ -95,6 +96,7 @@ class _Life:
         "last",
         "num_events",
         "num_finished",
+        "num_given_up",
         "state",
         "sums",
         "wait",
@@ -108,6 +110,8 @@ class _Life:
         self.sums = Sums()
         self.state = "waiting"
         self.num_finished = 0
+        self.num_given_up = 0
+        """Computed tokens that the last preemption has taken, and that have not been computed again."""
         self.wait: str | None = TURN
         """What it waits for; None: it does not."""
         self.waits_from = 0.0
@@ -186,7 +190,8 @@ def _add_up(life: _Life, now: float, event: Event) -> None:
             _stop_waiting(life, now)
             life.state = "running"
             sums.num_cached_tokens += event.num_cached
-            sums.num_recomputed_tokens += event.num_recomputed
+            sums.num_recomputed_tokens += max(0, life.num_given_up - event.num_cached)
+            life.num_given_up = 0
         case Resumed():
             _stop_waiting(life, now)
             life.state = "running"
@@ -194,6 +199,7 @@ def _add_up(life: _Life, now: float, event: Event) -> None:
             life.state, life.wait, life.waits_from = "preempted", TURN, now
             sums.num_preemptions += 1
             sums.num_swaps += event.mode == "swap"
+            life.num_given_up = 0 if event.mode == "swap" else event.num_tokens
         case Chunk():
             sums.num_chunks += 1
         case Copied():

@@ -1,8 +1,8 @@
 """What happens to requests, told as it happens by the only one who knows why: the scheduler.
 
-A scheduler may hold a `Journal` and tells it of every change, each with the step being planned (of a result: the step
-that it belongs to) and the request's id. Nothing is told for a token in a steady step, so that a journal costs nothing
-while nothing changes, and without one the whole cost is a test for None:
+A scheduler may hold a `Journal` and tells it of every change, each with the request's id and the number of the step
+that is being planned, or of a call or a result: that will be planned next. Nothing is told for a token in a steady
+step, so that a journal costs nothing while nothing changes, and without one the whole cost is a test for None:
 
     if self.journal is not None:
         self.journal.note(step, request.request_id, Admitted(...))
@@ -52,16 +52,14 @@ class Blocked(NamedTuple):
 
 
 class Admitted(NamedTuple):
-    """All of it runs: for the first time, or again after a preemption by recompute."""
+    """It runs: for the first time, or again after a preemption by recompute."""
 
     num_tokens: int
-    """Known tokens, over all its sequences, each shared prompt counted once."""
+    """Known tokens of its first sequence. The others begin from what that has computed."""
     num_cached: int
     """Of them found in the prefix cache or in a reserved prefix: not computed."""
     num_blocks: int
     """Blocks that it has now, those found in the cache included."""
-    num_recomputed: int
-    """Tokens that had been computed before and are computed again; 0 the first time."""
 
 
 class Chunk(NamedTuple):

@@ -30,6 +30,27 @@ class Admission:
     logprobs: int | None = None
     """Log-probabilities that the row reports: None: none; 0: of the sampled token; k: of the k most likely too."""
 
+    @classmethod
+    def of(cls, sequence: Sequence) -> Admission:
+        """As it stands, with a row."""
+        request, search = sequence.request, sequence.group.search
+        logprobs = request.params.logprobs
+        if search is not None:
+            logprobs = search.num_candidates
+        elif request.params.is_ranked:
+            logprobs = logprobs or 0
+        return cls(
+            row=sequence.row,
+            token_ids=tuple(sequence.token_ids),
+            num_prompt_tokens=sequence.num_prompt_tokens,
+            num_computed=sequence.num_computed,
+            block_ids=tuple(sequence.block_ids),
+            params=request.params,
+            seed=request.sample_seed(sequence.index),
+            stop_token_ids=request.stop_token_ids,
+            logprobs=logprobs,
+        )
+
 
 class Fork(NamedTuple):
     """An empty row becomes a copy of another: its tokens, its block table, its settings."""
@@ -145,6 +166,19 @@ class StepEvents:
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    def select(self, positions: list[int]) -> StepEvents:
+        """The events at these positions, which go upwards, and all answers."""
+        if len(positions) == len(self):
+            return self
+        ends, logprobs = self.ends, self.logprobs
+        return StepEvents(
+            tuple([self.sequences[i] for i in positions]),
+            tuple([self.token_ids[i] for i in positions]),
+            {new: ends[old] for new, old in enumerate(positions) if old in ends} if ends else {},
+            {new: logprobs[old] for new, old in enumerate(positions) if old in logprobs} if logprobs else {},
+            self.answers,
+        )
 
     def __iter__(self) -> Iterator[TokenEvent]:
         for position, (sequence, token) in enumerate(zip(self.sequences, self.token_ids, strict=True)):

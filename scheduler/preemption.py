@@ -1,8 +1,8 @@
 """Who gives up blocks when there are none, and what becomes of what they held.
 
-The latest arrival goes first, so that the earliest is served first (section 4.5 of the PagedAttention paper). A group that
-has come back and has not sampled a token since is spared as long as there is another: work would otherwise be done
-again and again for nothing.
+The latest arrival goes first, so that the earliest is served first (section 4.5 of the PagedAttention paper). A group
+that has come back and has not sampled a token since is spared as long as there is another: work would otherwise be
+done again and again for nothing.
 
 Swapping costs two copies over the host link, computing again costs a pass over the tokens. Which is cheaper depends on
 model and machine, so both are measured when the worker starts, and compared for each victim.
@@ -18,8 +18,8 @@ from quire.scheduler.groups import Group
 
 
 def choose_victim(running: Sequence[Group], needy: Group) -> Group:
-    """Who makes room for `needy`, of the running groups in order of arrival: the latest after it that has progressed since
-    it came; else itself, but for the earliest of all, whom everybody makes room for."""
+    """Who makes room for `needy`, of the running groups in order of arrival: the latest after it that has progressed
+    since it came; else itself, but for the earliest of all, whom everybody makes room for."""
     for group in reversed(running):
         if group is needy:
             break

@@ -1,8 +1,8 @@
 """Full blocks are found again by what they hold, whoever computed them.
 
 What a block holds depends on all tokens before it, so its name is chained: a keyed hash of the name of the block before
-it and of its own tokens. The first name stands for the tenant's salt: requests with different salts never share a block, and
-nobody can learn from timing what another tenant has asked. The key is drawn for each process, so names cannot be
+it and of its own tokens. The first name stands for the tenant's salt: requests with different salts never share a block,
+and nobody can learn from timing what another tenant has asked. The key is drawn for each process, so names cannot be
 made to collide by whoever chooses the tokens.
 
 A hit only raises the number of tokens that count as computed. Blocks are given names when the plan that fills them is
@@ -42,7 +42,8 @@ class PrefixCache:
         return found
 
     def remember(self, sequence: Sequence) -> None:
-        """Give names to the blocks that the sequence has filled since the last time, as far as their tokens are known."""
+        """Give names to the blocks that the sequence has filled since the last time, as far as their tokens are
+        known."""
         if not (self.enabled or sequence.group.is_reserved):
             return
         known = sequence.num_prompt_tokens if sequence.group.search else len(sequence.token_ids)

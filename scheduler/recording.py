@@ -270,12 +270,10 @@ def read(path: str | Path) -> Iterator[Record]:
 def _chunks(file: Any, path: str | Path) -> Iterator[bytes]:
     while len(head := file.read(CHUNK.size)) == CHUNK.size:
         size, checksum = CHUNK.unpack(head)
+        start = file.tell()
         data = file.read(size) if size <= MAX_CHUNK else b""
-        is_last = not file.peek(1)
-        if len(data) < size and is_last:
-            return  # its writer was killed
-        if zlib.crc32(data) != checksum:
-            if is_last:
-                return
-            raise RecordingError(f"{path} is damaged at byte {file.tell() - size}: what follows cannot be replayed")
+        if not data or zlib.crc32(data) != checksum:
+            if not file.peek(1):
+                return  # its writer was killed
+            raise RecordingError(f"{path} is damaged at byte {start}: what follows cannot be replayed")
         yield zlib.decompress(data)

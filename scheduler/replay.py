@@ -130,7 +130,7 @@ class _Follower:
         self._failure = ""
         """Of the last apply()."""
         if explain:
-            self.replay.lives = self._scheduler.journal = Lives(num_ended=1 << 30, clock=lambda: self._at_s)
+            self.replay.lives = self._scheduler.state.journal = Lives(num_ended=1 << 30, clock=lambda: self._at_s)
 
     def follow(self, record: Record) -> Difference | None:
         self._at_s = record.at_s

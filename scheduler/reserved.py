@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from quire.scheduler.params import SamplingParams
 from quire.scheduler.prefix_cache import PrefixCache
+from quire.scheduler.request import Request
 from quire.scheduler.sequence import Sequence
 
 
@@ -23,6 +25,16 @@ class PrefixStatus(NamedTuple):
     """Its blocks are filled."""
     num_hits: int
     """Admissions that began with all of it."""
+
+
+def request_for(name: str, token_ids: tuple[int, ...], cache_salt: str) -> Request:
+    """What computes a prefix. No client's request can have the same id, for those are printable."""
+    params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
+    return Request(f"\0{name}", token_ids, params, 0, frozenset(), len(token_ids) + 1, cache_salt)
+
+
+def _name_of(request: Request) -> str:
+    return request.request_id[1:]
 
 
 class ReservedPrefixes:
@@ -45,8 +57,9 @@ class ReservedPrefixes:
         self._sequences[name] = sequence
         self._hits[name] = 0
 
-    def keep(self, name: str) -> None:
+    def keep(self, sequence: Sequence) -> None:
         """It has been computed."""
+        name = _name_of(sequence.request)
         self._ready[name] = self._sequences[name]
         self.num_kept = self.count_blocks()
 

@@ -48,7 +48,7 @@ class SimulatedGpu:
         self._steps += 1
         self.num_tokens += num_rows
         self.num_first = 0
-        work = Work(num_rows, num_rows, self.num_tokens, 0, len(plan.copied), 0)
+        work = Work(num_rows, num_rows, self.num_tokens, 0, len(plan.copied), len(plan.swapped_out))
         return StepResult(plan.step, plan.rows, {}), self.cost.seconds(work)
 
     def _change_rows(self, plan: StepPlan) -> None:

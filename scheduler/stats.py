@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from quire.scheduler.plan import StepEvents, StepPlan, StepResult
+from quire.scheduler.plan import StepEvents, StepPlan
 
 
 @dataclass(slots=True)

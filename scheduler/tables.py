@@ -136,6 +136,25 @@ class BlockTables:
                 fills[sequence.block_ids[full]] = rest
         return fills
 
+    def needed_to_begin(self, sequences: list[Sequence], found: list[int], shares: list[int] | None) -> int:
+        """Free blocks that the first sequence's known tokens take, of which `found` are there, and those of the others
+        where they are not to be branches of it: beside `shares` blocks that each of them will share with a sibling."""
+        needed = self.blocks_for(sequences[0].num_tokens) - len(found)
+        needed += sum(self.pool.ref_count(block) == 0 for block in found)
+        if shares is not None:
+            needed += sum(self.blocks_for(s.num_tokens) - n for s, n in zip(sequences[1:], shares, strict=True))
+        return needed
+
+    def needed_to_swap_in(self, sequences: list[Sequence]) -> int:
+        """Blocks for what is in the swap space, for the known tokens beyond that, and for copies of last blocks that
+        several are about to write to."""
+        back = [sequence for sequence in sequences if sequence.swap_ids]
+        slots = {slot for sequence in back for slot in sequence.swap_ids}
+        more = sum(self.blocks_for(s.num_tokens) - len(s.swap_ids) for s in back)
+        places = [(s, s.num_computed // self.block_size) for s in back]
+        tails = Counter(s.swap_ids[index] for s, index in places if index < len(s.swap_ids))
+        return len(slots) + more + sum(count - 1 for count in tails.values())
+
     def swap_out(self, sequences: list[Sequence]) -> list[tuple[int, int]]:
         """Their computed tokens move to the swap space, each block once; returns (block, slot). There is room for
         `distinct` blocks."""

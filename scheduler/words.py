@@ -29,10 +29,9 @@ def in_words(request_id: str, event: Event, with_names: bool = True) -> str:
         case Blocked(wait, needed, available):
             numbers = f": needs {needed}, there are {available}" if needed else ""
             return f"first in the queue, waits for {wait.value}{numbers}"
-        case Admitted(tokens, cached, blocks, recomputed):
+        case Admitted(tokens, cached, blocks):
             found = f", {cached} of them found in the cache" if cached else ""
-            again = f", {recomputed} of them computed again" if recomputed else ""
-            return f"let in with {count(tokens, 'token')}{found}{again}; it has {count(blocks, 'block')}"
+            return f"let in with {count(tokens, 'token')}{found}; it has {count(blocks, 'block')}"
         case Preempted():
             return _preempted(request_id, event, with_names)
         case Resumed(blocks, tokens):

@@ -26,7 +26,7 @@ def check_moves(
     form: Any, shape: tuple[int, ...], dtype: torch.dtype, num_moved: int, device: str = "cpu", lead: int = 0
 ) -> None:
     """Copies, then gathers what was copied, then scatters it elsewhere; the pool has `num_moved` blocks on either side
-    and some that nothing touches."""
+    and some that nothing touches. Ids are of either type."""
     order = torch.randperm(3 * num_moved + 2)
     pairs = order[: 2 * num_moved].view(2, num_moved).T.contiguous()
     others = order[num_moved : 2 * num_moved].flip(0)
@@ -35,7 +35,7 @@ def check_moves(
     around = noise((len(order) + 4, *shape), dtype, device, lead)
     around[2:-2] = pool
     pool, twin = around[2:-2], around.clone()
-    form.copy_blocks(pool, pairs.to(device))
+    form.copy_blocks(pool, pairs.int().to(device))
     reference.copy_blocks(twin[2:-2], pairs)
     assert same(around, twin)
 
@@ -45,6 +45,6 @@ def check_moves(
     assert same(staging, twin_staging) and same(around, twin)
 
     last = order[2 * num_moved : 3 * num_moved]
-    form.scatter_blocks(pool, last.to(device), staging)
+    form.scatter_blocks(pool, last.int().to(device), staging)
     reference.scatter_blocks(twin[2:-2], last, staging)
     assert same(around, twin)

@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from late_copies import LateCopies
 from late_transfer import LateTransfer
 
 from quire.kernels import dispatch
 from quire.kernels.gpu import attention
 from quire.kernels.gpu.device import NO_GPU
 from quire.worker.batch import Batch, StepInputs
+from quire.worker.swap import NoSwap, StagedSwap
 
 SMALL = replace(NO_GPU, num_sms=3)
 """So few multiprocessors that contexts are hardly cut: every program is interpreted."""
@@ -72,6 +74,7 @@ def emulate(patch: pytest.MonkeyPatch, graphs: bool) -> ReplayRecorder:
     patch.setattr(dispatch, "on_gpu", lambda x: True)
     patch.setattr(attention, "device_for", lambda x: SMALL)
     patch.setattr("quire.worker.runner.transfer_for", lambda device: LateTransfer())
+    patch.setattr("quire.worker.runner.swap_for", lambda pool, n: StagedSwap(pool, n, LateCopies()) if n else NoSwap())
     patch.setattr("quire.worker.runner.recorder_for", lambda config: recorder if graphs else None)
     patch.setattr(StepInputs, "static_batch", poison_padding)
     patch.setattr(attention, "paged_attention", poisoned_attention)

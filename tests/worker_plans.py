@@ -52,8 +52,16 @@ def plan(
     admits: Sequence[worker_pb2.Admit] = (),
     retire: Sequence[int] = (),
     extend: Sequence[tuple[int, int]] = (),
+    forks: Sequence[tuple[int, int, int]] = (),
+    branches: Sequence[tuple[int, int, int]] = (),
+    told: Sequence[tuple[int, int]] = (),
+    replaced: Sequence[tuple[int, int, int]] = (),
+    swap_out: Sequence[tuple[int, int]] = (),
+    swap_in: Sequence[tuple[int, int]] = (),
+    copies: Sequence[tuple[int, int]] = (),
     **position: int,
 ) -> worker_pb2.StepPlan:
+    """Forks and branches are (parent, child, seed)."""
     return worker_pb2.StepPlan(
         rows=packed(rows),
         num_tokens=packed(num_tokens),
@@ -61,5 +69,12 @@ def plan(
         retire_rows=packed(retire),
         extend_rows=packed([row for row, _ in extend]),
         extend_blocks=packed([block for _, block in extend]),
+        forks=[worker_pb2.Fork(parent=parent, child=child, seed=seed) for parent, child, seed in forks],
+        branches=[worker_pb2.Fork(parent=parent, child=child, seed=seed) for parent, child, seed in branches],
+        told=packed(np.ravel(told)),
+        replaced=packed(np.ravel(replaced)),
+        swap_out=packed(np.ravel(swap_out)),
+        swap_in=packed(np.ravel(swap_in)),
+        copies=packed(np.ravel(copies)),
         **position,
     )

@@ -80,27 +80,27 @@ def running_scheduler() -> Scheduler:
 
 
 def lose_an_entry(scheduler: Scheduler) -> None:
-    scheduler._decoding._calendar.popitem()
+    scheduler.state.running.decoding._calendar.popitem()
 
 
 def keep_a_stale_row(scheduler: Scheduler) -> None:
-    scheduler._decoding._rows = (0,)
+    scheduler.state.running.decoding._rows = (0,)
 
 
 def forget_a_member(scheduler: Scheduler) -> None:
-    scheduler._decoding.leave(scheduler.running[0])
+    scheduler.state.running.decoding.leave(scheduler.running[0])
 
 
 def forget_a_chunk(scheduler: Scheduler) -> None:
-    scheduler._prefilling.clear()
+    scheduler.state.running.prefilling.clear()
 
 
 def forget_a_stop_token(scheduler: Scheduler) -> None:
-    scheduler._stops.tokens.discard(9)
+    scheduler.state.requests.stops.tokens.discard(9)
 
 
 def count_a_stop_token_twice(scheduler: Scheduler) -> None:
-    scheduler._stops.add([9])
+    scheduler.state.requests.stops.add([9])
 
 
 @pytest.mark.parametrize(

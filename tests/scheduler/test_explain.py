@@ -44,12 +44,12 @@ def _long_wait():
     story.tell(0, "a", Added(70, 2, 3))
     story.tell(0.5, "a", Blocked(Wait.ROWS, 2, 1))
     story.tell(0.25, "a", Blocked(Wait.BLOCKS, 9, 4))
-    story.tell(1.25, "a", Admitted(70, 32, 5, 0), Chunk(0, 30))
+    story.tell(1.25, "a", Admitted(70, 32, 5), Chunk(0, 30))
     story.tell(0.125, "a", Chunk(0, 8), Branched(0, 1))
     story.tell(0, "a", Copied(1, 4, 8))
     story.tell(1, "a", Preempted("b", "recompute", 6, 75, 0.25, 0.002))
     story.tell(0.5, "a", Blocked(Wait.RESULTS, 1, 0))
-    story.tell(0.25, "a", Admitted(76, 0, 7, 75), Chunk(0, 40), Chunk(1, 36))
+    story.tell(0.25, "a", Admitted(76, 16, 7), Chunk(0, 40), Chunk(1, 36))
     story.tell(1, "a", Preempted("a", "swap", 7, 80, 0.0, 0.0))
     return story
 
@@ -71,7 +71,7 @@ def test_waiting_adds_up_by_reason():
     }
     assert sums.preempted_s == 2.75
     assert (sums.num_preemptions, sums.num_swaps, sums.num_chunks) == (2, 1, 4)
-    assert (sums.num_cached_tokens, sums.num_recomputed_tokens) == (32, 75)
+    assert (sums.num_cached_tokens, sums.num_recomputed_tokens) == (48, 59)
     assert (sums.num_copied_blocks, sums.num_discarded_tokens, sums.num_output_tokens) == (1, 2, 32)
     assert [moment.at_s for moment in found.moments[:4]] == [0, 0.5, 0.75, 2]
     assert [moment.kind for moment in found.moments[-3:]] == ["Finished", "Ended", "Discarded"]
@@ -86,7 +86,7 @@ def test_waiting_that_goes_on_is_counted_to_now():
         assert found.state == "preempted" and found.sums.waited_s[TURN] == 4 and found.sums.preempted_s == 3.75
     story.tell(0, "b", Added(1, 1, 0))
     assert story.lives.explain("b").state == "waiting"
-    story.tell(1, "b", Admitted(1, 0, 1, 0))
+    story.tell(1, "b", Admitted(1, 0, 1))
     assert story.lives.explain("b").state == "running"
 
 
@@ -107,7 +107,7 @@ def test_a_person_reads_it():
         "  +3.125 s  step 7  preempted for b, its tokens are to be computed again: gives up 6 blocks, 75 tokens"
         " (estimated cost: swap 250.0 ms, recompute 2.0 ms)",
         "  +3.625 s  step 8  first in the queue, waits for its own tokens, still in flight: needs 1, there are 0",
-        "  +3.875 s  step 9  let in with 76 tokens, 75 of them computed again; it has 7 blocks",
+        "  +3.875 s  step 9  let in with 76 tokens, 16 of them found in the cache; it has 7 blocks",
         "  +3.875 s  step 9  [0] computes 40 known tokens",
         "  +3.875 s  step 9  [1] computes 36 known tokens",
         "  +4.875 s  step 10  preempted as the latest, for itself, swapped out: gives up 7 blocks, 80 tokens",
@@ -116,8 +116,8 @@ def test_a_person_reads_it():
         "  +5.375 s  step 11  over: its memory is free",
         "  waited 3.25 s: 1.50 s for its turn, 250.0 ms for a free place among the running sequences, 1.25 s for free"
         " blocks, 250.0 ms for its own tokens, still in flight",
-        "  preempted 2 times (1 by swap, 1 by recompute), 1.25 s out of the pool, 75 tokens computed again",
-        "  4 chunks, 32 tokens from the cache, 1 block copied, 0 tokens lost to planning ahead, 7 tokens of output in"
+        "  preempted 2 times (1 by swap, 1 by recompute), 1.25 s out of the pool, 59 tokens computed again",
+        "  4 chunks, 48 tokens from the cache, 1 block copied, 0 tokens lost to planning ahead, 7 tokens of output in"
         " what has ended",
     ]
 
@@ -132,7 +132,7 @@ def test_other_requests_are_named_to_the_operator_only():
 
 def test_every_event_has_words():
     events = {
-        Added: Added(1, 1, 1), Blocked: Blocked(Wait.PREEMPTED, 0, 0), Admitted: Admitted(1, 0, 1, 0),
+        Added: Added(1, 1, 1), Blocked: Blocked(Wait.PREEMPTED, 0, 0), Admitted: Admitted(1, 0, 1),
         Chunk: Chunk(0, 1), Branched: Branched(0, 1), Forked: Forked(2, 1), Copied: Copied(0, 1, 2),
         Preempted: Preempted("b", "swap", 1, 1, 0.5, 0), Resumed: Resumed(1, 1), Discarded: Discarded(3, 1),
         Finished: Finished(0, FinishReason.STOP, 1), Cancelled: Cancelled(0, 1), Ended: Ended(),
@@ -146,7 +146,7 @@ def test_every_event_has_words():
 def test_those_that_have_ended_are_forgotten_in_order():
     story = _Story(num_ended=3)
     for name in "abcde":
-        story.tell(1, name, Added(1, 1, 0), Admitted(1, 0, 1, 0), Finished(0, FinishReason.STOP, 1), Ended())
+        story.tell(1, name, Added(1, 1, 0), Admitted(1, 0, 1), Finished(0, FinishReason.STOP, 1), Ended())
     story.tell(1, "f", Added(1, 1, 0))
     assert [name for name in "abcdef" if story.lives.explain(name)] == ["c", "d", "e", "f"]
     assert len(story.lives) == 4

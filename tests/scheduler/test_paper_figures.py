@@ -91,7 +91,7 @@ class Stage:
         return [self.text(s.token_ids[s.num_prompt_tokens :]) for s in self._running()]
 
     def _running(self) -> list[Sequence]:
-        return [s for group in self.scheduler.groups for s in group.sequences if s.row >= 0]
+        return [s for group in self.scheduler.state.running.groups for s in group.sequences if s.row >= 0]
 
     def content(self) -> dict[int, str]:
         """What the worker holds in the blocks of the running sequences."""

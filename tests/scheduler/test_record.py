@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import random
+import re
 import struct
 import zlib
 
@@ -103,7 +104,7 @@ def test_a_scheduler_that_decides_otherwise_is_caught(tmp_path, monkeypatch):
     difference = replay(tmp_path / "run").difference
     assert difference.step == 1 and difference.what == "the plan's 'admitted'"
     assert '"block_ids": [0,' in difference.then and '"block_ids": [1,' in difference.now
-    assert difference.lines()[0].startswith("first difference in step 1, 0.0")
+    assert re.match(r"first difference in step 1, \d+\.\d{3} s into the recording: ", difference.lines()[0])
 
 
 def test_a_difference_in_what_ends_is_caught(tmp_path, monkeypatch):
@@ -222,10 +223,13 @@ def test_damage_in_the_middle_is_told(tmp_path):
     _record(tmp_path / "run")
     _cut_into_chunks(tmp_path / "run", 1000)
     data = bytearray((tmp_path / "run").read_bytes())
-    data[len(recording.MAGIC) + recording.CHUNK.size + 5] ^= 255
-    (tmp_path / "run").write_bytes(data)
-    with pytest.raises(RecordingError, match="is damaged at byte 26"):
-        replay(tmp_path / "run")
+    first = len(recording.MAGIC)
+    for change in (slice(first + 13, first + 14), slice(first, first + 8), slice(first + 3, first + 4)):
+        broken = data.copy()
+        broken[change] = bytes(len(broken[change])) if change.start == first else b"\xff"
+        (tmp_path / "run").write_bytes(broken)
+        with pytest.raises(RecordingError, match="is damaged at byte 26"):
+            replay(tmp_path / "run")
 
 
 def test_a_field_of_a_later_version_is_told(tmp_path):
@@ -249,6 +253,21 @@ def test_a_disk_that_fails_ends_the_recording_and_nothing_else(tmp_path, monkeyp
     scheduler.add(make_request("r", [1, 2, 3]))
     assert scheduler.schedule() is not None and not recorder._pending
     recorder.close()
+
+
+def test_what_comes_while_the_file_is_being_written_is_in_it(tmp_path, monkeypatch):
+    recorder = Recorder(tmp_path / "run")
+    flush, late = recorder._flush, [Kind.PLAN]
+
+    def flush_and_write():
+        flush()
+        if late:
+            recorder.write(late.pop())
+
+    monkeypatch.setattr(recorder, "_flush", flush_and_write)
+    recorder.write(Kind.NO_PLAN)
+    recorder.close()
+    assert [entry.kind for entry in read(tmp_path / "run")] == [Kind.NO_PLAN, Kind.PLAN]
 
 
 def test_times_are_kept(tmp_path):
