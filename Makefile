@@ -6,13 +6,17 @@ BIN := $(VENV)/bin
 # torch's newest wheel brings gigabytes of CUDA libraries; the constraints name a set that is known to work together.
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: serve test check format protos bench clean
+.PHONY: serve test soak check format protos bench clean
 
 serve: $(VENV)/installed
 	@$(BIN)/quire serve $(ARGS)
 
 test: $(VENV)/installed-test build/path/quire
 	$(BIN)/python -m pytest $(ARGS)
+
+# A million random operations on the scheduler, from a seed that is drawn and printed; about ten minutes.
+soak: $(VENV)/installed-test
+	cd tests && ../$(BIN)/python -W error sharing_walk.py 1000000 $(SEED)
 
 check: $(VENV)/installed-test build/path/quire
 	$(BIN)/ruff check .

@@ -35,6 +35,11 @@ def expected_tokens(prompt: list[int], n: int, vocab_size: int = VOCAB_SIZE) -> 
     return tokens[len(prompt) :]
 
 
+def hidden_of(tokens: list[int]) -> torch.Tensor:
+    """[1] int64: what the model computes of a sequence, from its tokens alone."""
+    return torch.tensor([sum(_mix(position, token) for position, token in enumerate(tokens))])
+
+
 # Both work on ints and on int64 arrays: factors stay below 2^31, so no product reaches 2^63.
 def _mix(position: Any, token: Any) -> Any:
     """Position and token to 31 bits, by way of products whose high bits are folded back in."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -32,7 +33,8 @@ def running_replica(**settings: Any) -> Iterator[tuple[Any, Client]]:
     """A replica of the bundled model and a client for it."""
     from quire.cluster import launch
 
-    serve = {name: settings.pop(name) for name in ("step_timeout", "drain_timeout") if name in settings}
+    names = {field.name for field in fields(ServeConfig)}
+    serve = {name: settings.pop(name) for name in list(settings) if name in names}
     config = ServeConfig(engine=EngineConfig(device="cpu", **settings), grpc_port=0, **{"drain_timeout": 1.0, **serve})
     replica = launch.Replica(config, resolve(config.engine), Progress(sys.stderr))
     try:

@@ -21,7 +21,6 @@ from quire.cluster.config import (
     gpu_is_visible,
     resolve,
 )
-from quire.cluster.prefixes import Prefix
 from quire.protos import worker_pb2
 from quire.scheduler.config import SchedulerConfig
 from quire.worker.models.spec import ModelError

@@ -14,21 +14,25 @@ from typing import Any
 
 import grpc
 import pytest
-from fake_worker import VOCAB, FakeWorker, expected_candidates, expected_output
+from fake_worker import VOCAB, FakeWorker, expected_logprob, expected_output
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from schedulers import make_request
 
 from quire.cluster import errors
-from quire.cluster.controller import Controller, ControllerConfig, EngineThread
+from quire.cluster.controller import Controller, ControllerConfig
+from quire.cluster.engine_thread import EngineThread
 from quire.cluster.executor import WorkerAddress, WorkerLost
 from quire.cluster.servers import GenerationServer
+from quire.cluster.streams import Stream
 from quire.protos import generation_pb2 as pb
 from quire.protos import generation_pb2_grpc as pb_grpc
 from quire.protos.channel import WORKER_CHANNEL_OPTIONS, WORKER_SERVER_OPTIONS, bearer
 from quire.scheduler.config import SchedulerConfig
 from quire.scheduler.engine import Engine
-from quire.scheduler.plan import StepPlan, StepResult
+from quire.scheduler.plan import Answer, StepEvents, StepPlan, StepResult
 from quire.scheduler.request import ModelLimits
 from quire.scheduler.scheduler import Scheduler
+from quire.scheduler.sequence import FinishReason
 
 TOKEN = "secret"
 LIMITS = SchedulerConfig(
@@ -286,15 +290,11 @@ def test_one_sample_can_be_ended_while_its_siblings_go_on():
 
 def best_of(prompt: list[int], n: int, count: int, length: int) -> list[list[int]]:
     """The n best of so many samples, by their mean log-probability."""
-    sampled = [expected_output(prompt, 3 + index * 0x9E3779B97F4A7C15, length) for index in range(count)]
+    of_sample = make_request("", prompt, seed=3).sample_seed
+    sampled = [expected_output(prompt, of_sample(index), length) for index in range(count)]
 
     def mean(tokens: list[int]) -> float:
-        known = [*prompt, *tokens]
-        values = []
-        for position in range(len(prompt), len(known)):
-            candidates = expected_candidates(known[:position], VOCAB)
-            values.append(dict(candidates)[known[position]])
-        return sum(values) / len(values)
+        return sum(expected_logprob([*prompt, *tokens[:i]], token) for i, token in enumerate(tokens)) / len(tokens)
 
     return sorted(sampled, key=mean, reverse=True)[:n]
 
@@ -318,6 +318,17 @@ def test_ranked_answers_come_when_the_last_candidate_has_ended():
             assert (await load_of(stub)).blocks_used == 0
 
     asyncio.run(scenario())
+
+
+def test_answers_of_a_request_that_is_gone_are_not_its_successors():
+    config = ControllerConfig(LIMITS, ModelLimits(VOCAB, LIMITS.max_model_len), step_timeout=5)
+    controller = Controller(config, pb.ModelInfo(model="m"))
+    gone, open_now = (make_request("same", [1], beam_width=2) for _ in range(2))
+    stream = controller._streams["same"] = Stream(open_now)
+    for request, is_unfinished in ((gone, True), (open_now, False)):
+        answer = Answer(request, 0, (5,), (), -1.0, -1.0, FinishReason.LENGTH)
+        controller._dispatch(StepEvents(answers=(answer,)))
+        assert stream.is_unfinished is is_unfinished
 
 
 @pytest.mark.parametrize("sampling", [{"n": 2, "best_of": 4}, {"n": 2, "beam_width": 3}])

@@ -21,6 +21,8 @@ from quire.protos import generation_pb2 as pb
 from quire.protos import generation_pb2_grpc as pb_grpc
 from quire.protos import relay_pb2, relay_pb2_grpc
 from quire.protos.channel import WORKER_CHANNEL_OPTIONS, WORKER_SERVER_OPTIONS, bearer
+from quire.scheduler.params import MAX_LOGPROBS
+from quire.scheduler.plan import Logprobs
 
 CODE = grpc.StatusCode
 
@@ -108,6 +110,16 @@ async def read(call: RelayedCall) -> list[pb.GenerateResponse]:
 
 def tokens(messages: list[pb.GenerateResponse]) -> list[int]:
     return [token_id for message in messages for token_id in message.output.token_ids]
+
+
+def test_what_a_stopped_gateway_finds_waiting_fits_into_what_it_can_receive():
+    """Answers that come whole, as large as a message of them may be."""
+    tokens = [(1 << 31) - 1 - i for i in range(wire.MAX_TOKENS_PER_MESSAGE)]
+    most = Logprobs(tuple(tokens[: MAX_LOGPROBS + 1]), (-1.5,) * (MAX_LOGPROBS + 1), 1 << 30)
+    largest = wire.encode_output(127, 1 << 30, tokens, [most] * len(tokens))
+    answer = relay_pb2.RelayAnswers(answers=[relay_pb2.RelayAnswer(key=1 << 62, response=largest)])
+    limit = dict(WORKER_CHANNEL_OPTIONS)["grpc.max_receive_message_length"]
+    assert limit / 2 < answer.ByteSize() * relay.MAX_ANSWERS < limit
 
 
 def test_requests_share_a_stream_and_a_step_is_one_message(monkeypatch):

@@ -45,7 +45,7 @@ def assert_all_free(client: Client, timeout: float = 10.0) -> pb.Load:
     while (load := client.load()).open_requests or load.blocks_used or load.num_running or load.num_waiting:
         assert time.monotonic() < deadline, load
         time.sleep(0.02)
-    assert load.blocks_free == load.blocks_total
+    assert load.blocks_free + load.blocks_cached == load.blocks_total
     return load
 
 

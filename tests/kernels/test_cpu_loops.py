@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from paged_case import Case
 
 from quire.kernels import activation, dispatch, norm, qkv, reference, rotary
+from quire.kernels.attention import PagedRows, paged_attention
+from quire.kernels.cpu import tile
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -21,11 +24,27 @@ BUGS = [
      "tokens.add(totals, weights)", "test_decode"),
     ("values not shrunk", "kernels/cpu/tile.py", "factor = rows.splat(shrink)", "factor = rows.splat(1.0)",
      "test_decode"),
-    ("scale missing", "kernels/cpu/tile.py", "scaled = rows.splat(scale)", "scaled = rows.splat(1.0)", "test_decode"),
-    ("one token's weight for all", "kernels/cpu/tile.py", "b.add(state, b.mul(wide, stride.type(4)))", "state",
+    ("scale missing", "kernels/cpu/tile.py", "tokens.splat(scale)", "tokens.splat(1.0)", "test_decode"),
+    ("one token's weight for all of a part", "kernels/cpu/tile.py", "b.add(self.state, b.mul(wide, I64(4)))",
+     "self.state", "test_decode"),
+    ("one token's weight for all", "kernels/cpu/tile.py", "self.scratch_at + 4 * token", "self.scratch_at",
      "test_decode"),
+    ("one pair's weights for all", "kernels/cpu/tile.py", "self.scratch_at + 4 * pair", "self.scratch_at",
+     "test_decode"),
+    ("a pair's weights swapped", "kernels/cpu/tile.py", "rows.interleave(*pair)", "rows.interleave(*pair[::-1])",
+     "test_decode"),
+    ("another order than it was summed in", "kernels/cpu/vector.py", "{place: 2 * i + half for", "{place: i + half for",
+     "test_decode"),
+    ("without pairs, odd for even", "kernels/cpu/vector.py", "even = b.shl(words, self._splat_word(16))",
+     "even = words", "test_without_products_of_pairs"),
     ("splits merged as equals", "kernels/cpu/decode.py",
-     "weight = np.float32(2) ** (states[s, size + TOTALS] - top)", "weight = np.float32(1)", "test_decode"),
+     "weight = np.float32(2) ** (states[s, size + 2 * TOTALS] - top)", "weight = np.float32(1)", "test_decode"),
+    ("another layer's window", "kernels/cpu/decode.py", "layout, scale, window, kv_scales is None)",
+     "layout, scale, kv_scales is None)", "test_layers_of_a_step_may_differ"),
+    ("another layer's pool", "kernels/cpu/decode.py", "q.data_ptr(), kv_layer.data_ptr(), out.data_ptr()\n",
+     "q.data_ptr(), arguments[10] or kv_layer.data_ptr(), out.data_ptr()\n", "test_layers_of_a_step_may_differ"),
+    ("what was added for one split is lost", "kernels/cpu/decode.py", "if not single:\n", "if length > SPLIT:\n",
+     "test_decode"),
     ("a split begins late", "kernels/cpu/decode.py", "(first // SPLIT + 1) * SPLIT)", "(first // SPLIT + 2) * SPLIT)",
      "test_decode"),
     ("another head's keys", "kernels/cpu/decode.py", "range(kv_head * group, (kv_head + 1) * group):\n",
@@ -85,13 +104,50 @@ def test_prefill(heads: tuple[int, int], size: int, dtype: torch.dtype) -> None:
     Case(rows, heads=heads, size=size, window=20, dtype=dtype).check()
 
 
-def test_results_do_not_depend_on_the_threads() -> None:
-    case = Case([(700, 1), (60, 60), (300, 1), (400, 33)], heads=(6, 3))
+def test_without_products_of_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor that has none for bfloat16."""
+    monkeypatch.setattr(tile, "has_dot", lambda: False)
+    for heads, size in ((6, 2), 64), ((3, 3), 24):
+        Case([(1, 1), (700, 1), (60, 60), (90, 33)], heads=heads, size=size, dtype=torch.bfloat16).check()
+        Case([(300, 1), (90, 1)], heads=heads, size=size, window=40, dtype=torch.bfloat16).check()
+
+
+def test_layers_of_a_step_may_differ() -> None:
+    """What is kept of a step's rows serves layers with other windows, places in the pool, and scales."""
+    case = Case([(300, 1), (90, 1), (7, 1)], heads=(6, 2), float8=True)
+    first, others = case.kv_layer, case.kv_layer._base
+    assert others is not None and case.kv_scales is not None
+    second = others[:, 2]
+    second.view(torch.uint8).copy_(first.view(torch.uint8).flip(-1))
+    for window in (None, 40, None):
+        for layer, scales in (first, case.kv_scales), (second, 2 * case.kv_scales), (first, None):
+            case.window, case.kv_layer = window, layer
+            kept, case.kv_scales = case.kv_scales, scales
+            case.check(tolerance=1e-5)
+            case.kv_scales = kept
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_results_do_not_depend_on_the_threads(dtype: torch.dtype) -> None:
+    case = Case([(700, 1), (60, 60), (300, 1), (400, 33)], heads=(6, 3), size=64, dtype=dtype)
     results = []
     for threads in (1, 2, 3, 5):
         torch.set_num_threads(threads)
         results.append(case.run())
     assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_a_bfloat16_token_depends_on_no_neighbour_and_no_cut() -> None:
+    """In the deterministic form, to the last bit."""
+    whole = Case([(300, 300)], heads=(2, 1), size=64, dtype=torch.bfloat16, deterministic=True)
+    want = whole.run()
+    for start, stop in ((13, 14), (14, 250), (299, 300)):
+        tables = whole.rows.block_tables.repeat(2, 1)
+        starts = np.array([0, stop - start, stop - start + 1], np.int32)
+        rows = PagedRows(tables, starts, np.array([stop, 40], np.int32), deterministic=True)
+        q = torch.cat([whole.q[start:stop], whole.q[39:40]])
+        got = paged_attention(q, whole.kv_layer, rows, whole.scale)
+        assert torch.equal(got, torch.cat([want[start:stop], want[39:40]]))
 
 
 def operations(rows: int, dtype: torch.dtype) -> list[torch.Tensor]:

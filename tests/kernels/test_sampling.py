@@ -307,6 +307,21 @@ def test_bias_is_penalized_and_a_forbidden_token_stays_so():
     assert logits.tolist() == [[1, 2, -np.inf]]
 
 
+@pytest.mark.parametrize(("vocab_size", "k"), [(1000, 128), (5003, 256), (256, 256)])
+def test_as_many_log_probabilities_as_beams_ask_for(vocab_size, k):
+    logits = torch.randn(4, vocab_size, generator=torch.Generator().manual_seed(k))
+    logits[1, k // 2 :] = -torch.inf
+    logits[2] = (2 * logits[2]).round()  # equals: the lowest token first
+    tokens = logits.argmax(dim=-1)
+    tokens[3] = vocab_size - 1
+    ids, values, ranks = log_probabilities(logits, tokens, k)
+    exact = logits.double().log_softmax(-1)
+    order = exact.sort(descending=True, stable=True).indices[:, :k]
+    assert torch.equal(ids, torch.cat([tokens[:, None], order], dim=1))
+    torch.testing.assert_close(values, exact.gather(1, ids).float())
+    assert ranks.tolist() == (1 + (exact > exact.gather(1, tokens[:, None])).sum(-1)).tolist()
+
+
 def test_log_probabilities_and_ranks():
     logits = torch.tensor([[0.1, 0.4, 0.3, 0.2], [0.4, 0.4, 0.1, 0.1]]).log()
     ids, values, ranks = log_probabilities(logits, torch.tensor([3, 1]), 2)

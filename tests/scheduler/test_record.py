@@ -96,8 +96,8 @@ def test_a_scheduler_that_decides_otherwise_is_caught(tmp_path, monkeypatch):
     _record(tmp_path / "run")
     allocate = Scheduler.__init__
 
-    def with_one_block_taken(self, config):
-        allocate(self, config)
+    def with_one_block_taken(self, config, **options):
+        allocate(self, config, **options)
         self.pool.allocate()
 
     monkeypatch.setattr(Scheduler, "__init__", with_one_block_taken)

@@ -36,7 +36,9 @@ class Seconds(CostModel):
 
 
 def config(**changes: object) -> SchedulerConfig:
-    values = dict(num_blocks=64, block_size=4, max_model_len=64, max_num_seqs=8, max_num_batched_tokens=32, watermark=0.0)
+    values = dict(
+        num_blocks=64, block_size=4, max_model_len=64, max_num_seqs=8, max_num_batched_tokens=32, watermark=0.0
+    )
     return SchedulerConfig(**{**values, **changes})  # type: ignore[arg-type]
 
 
@@ -146,7 +148,9 @@ def test_likelihoods_are_a_function_of_the_seed_and_add_up() -> None:
     assert draws[0] == draws[1] != Likelihoods(8, draws=1).draw(6)
     for seed in range(100):
         drawn = Likelihoods(seed, draws=1).draw(6)
-        assert drawn.token_ids == (1, 1, 2, 3, 4, 5, 6) and list(drawn.values[1:]) == sorted(drawn.values[1:], reverse=True)
+        assert drawn.token_ids == (1, 1, 2, 3, 4, 5, 6) and list(drawn.values[1:]) == sorted(
+            drawn.values[1:], reverse=True
+        )
         assert sum(map(math.exp, drawn.values[1:])) <= 1 + 1e-9
 
 
@@ -233,7 +237,12 @@ def sharegpt(count: int, rate: float) -> list[Job]:
 
 def paper_config(**changes: object) -> SchedulerConfig:
     return config(
-        num_blocks=15728 // 16, block_size=16, max_model_len=2048, max_num_seqs=256, max_num_batched_tokens=2560, **changes
+        num_blocks=15728 // 16,
+        block_size=16,
+        max_model_len=2048,
+        max_num_seqs=256,
+        max_num_batched_tokens=2560,
+        **changes,
     )
 
 
@@ -282,6 +291,8 @@ def test_slots_kept_by_each_policy() -> None:
     assert {reserve: reserve.slots(request, 2048) for reserve in Reserve} == {
         Reserve.ORACLE: 35, Reserve.POW2: 42, Reserve.MAX: 2048,
     }  # fmt: skip
+    (request,) = requests_of(Job(0.0, 10, 32), 0)
+    assert Reserve.POW2.slots(request, 2048) == 42
     (request,) = requests_of(Job(0.0, 1500, 520), 0)
     assert Reserve.POW2.slots(request, 2048) == 2048
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -77,10 +78,11 @@ def test_drawn_lengths_have_the_published_means(name: str, prompt: float, output
 def test_arrivals() -> None:
     timed = traces.poisson([Job(0.0, 1, 1)] * 20_000, 4.0)
     assert traces.rate_of(timed) == pytest.approx(4.0, rel=0.03)
-    gaps = [b.arrival - a.arrival for a, b in zip(timed, timed[1:], strict=False)]
+    gaps = [b.arrival - a.arrival for a, b in pairwise(timed)]
     assert sum(gap * gap for gap in gaps) / len(gaps) == pytest.approx(2 / 16, rel=0.06)  # exponential
-    stamped = [Job(0.0, 1, 1), Job(0.0, 2, 1), Job(3.0, 3, 1)]
-    assert [job.arrival for job in traces.spread(stamped, 3.0)] == [0.0, 1.5, 3.0]
+    stamped = [Job(0.0, 1, 1), Job(0.0, 2, 1), Job(3.0, 3, 1), Job(3.0, 3, 1), Job(3.0, 3, 1)]
+    assert [job.arrival for job in traces.spread(stamped)] == [0.0, 1.5, 3.0, 4.0, 5.0]
+    assert traces.spread(stamped[:2]) == stamped[:2] and traces.spread(timed[:9]) == timed[:9]
     for wrong in (0.0, -1.0, float("inf"), float("nan")):
         with pytest.raises(TraceError, match="above 0"):
             traces.poisson([Job(0.0, 1, 1)], wrong)

@@ -90,7 +90,7 @@ class Misleading:
         self._waiting = {row: fact for row, fact in self._waiting.items() if row not in plan.retired}
         table = self.executor._runner.table
         for row, fact in list(self._waiting.items()):
-            if table.num_computed[row] >= fact.stop:
+            if table.counts.num_computed[row] >= fact.stop:
                 columns = range(fact.start // BLOCK_SIZE, (fact.stop - 1) // BLOCK_SIZE + 1)
                 table.block_table[row, list(columns)] += self.blocks_off
                 table.block_table[row] %= self.executor.num_blocks

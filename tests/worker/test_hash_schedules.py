@@ -3,44 +3,26 @@
 from __future__ import annotations
 
 import random
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import pytest
 from hash_model import VOCAB_SIZE, expected_tokens, load_hash_decoder
+from wire_executor import WireExecutor
 
-from quire.cluster import wire
 from quire.protos import worker_pb2
 from quire.scheduler.config import SchedulerConfig
 from quire.scheduler.engine import Engine
 from quire.scheduler.params import SamplingParams
-from quire.scheduler.plan import StepPlan, StepResult
 from quire.scheduler.request import ModelLimits, Request
 from quire.scheduler.scheduler import Scheduler
 from quire.scheduler.sequence import FinishReason
 from quire.worker.config import WorkerConfig
 from quire.worker.graphs import padded_sizes
-from quire.worker.runner import Pending, Runner
+from quire.worker.runner import Runner
 
 LIVES = 2000
 LIVES_PER_RUNNER = 25
-
-
-@dataclass
-class WireExecutor:
-    """An `Executor` whose plans and reports travel as bytes; steps are launched as far ahead as the engine runs."""
-
-    runner: Runner
-    launched: deque[Pending] = field(default_factory=deque)
-
-    def submit(self, plan: StepPlan) -> None:
-        payload = wire.encode_plan(plan, epoch=1).SerializeToString()
-        self.launched.append(self.runner.launch(worker_pb2.StepPlan.FromString(payload)))
-
-    def collect(self) -> StepResult:
-        report = self.launched.popleft().wait()
-        return wire.decode_report(worker_pb2.StepReport.FromString(report.SerializeToString()))
 
 
 @dataclass
@@ -182,8 +164,8 @@ def test_one_wrong_entry_of_a_block_table_is_noticed(fault: str) -> None:
 
         def corrupted(plan: worker_pb2.StepPlan) -> object:
             work = check(plan)
-            row = int(table.num_blocks.argmax())
-            if work.rows.size and table.num_computed[row] > runner.config.block_size:
+            row = int(table.counts.num_blocks.argmax())
+            if work.rows.size and table.counts.num_computed[row] > runner.config.block_size:
                 blocks = table.block_table[row]
                 blocks[0] = (blocks[0] + 1) % runner.pool.num_blocks if fault == "another's block" else blocks[1]
             return work

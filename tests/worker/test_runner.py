@@ -11,12 +11,12 @@ from worker_plans import admit, packed, plan, unpacked
 
 from quire.protos import worker_pb2
 from quire.worker import memory
+from quire.worker.checks import PlanError
 from quire.worker.config import WorkerConfig
 from quire.worker.host import available_memory, usable_cores
 from quire.worker.memory import PoolTooSmall, count_blocks
 from quire.worker.parallel import TensorParallel
 from quire.worker.runner import Runner, default_threads, load_decoder
-from quire.worker.table import PlanError
 
 CONFIG = dict(model="hash", block_size=4, max_model_len=64, max_num_seqs=8, max_num_batched_tokens=64, num_threads=1)
 
@@ -313,7 +313,7 @@ def test_a_refused_plan_changes_nothing():
 def test_warm_up_leaves_no_trace(config):
     runner = make_runner(**config)
     runner.warm_up()
-    assert not runner.table.num_known.any()
+    assert not runner.table.counts.num_known.any()
     assert runner.pool.tensor.isnan().all()
 
 

@@ -3,46 +3,19 @@
 import numpy as np
 import pytest
 import torch
+from row_tables import SIZE, compute, counts, state
 from worker_plans import admit, plan
 
-from quire.kernels.step_inputs import store_tokens
-from quire.worker.batch import Batch, StepInputs
-from quire.worker.table import PlanError, RowTable, TableSize, Work
+from quire.worker.batch import StepInputs
+from quire.worker.checks import PlanError
+from quire.worker.table import RowTable
 from quire.worker.transfer import DirectTransfer
-
-SIZE = TableSize(num_rows=4, max_model_len=20, max_num_batched_tokens=24, block_size=4, num_blocks=10, vocab_size=100)
+from quire.worker.work import Work
 
 
 @pytest.fixture
 def table() -> RowTable:
     return RowTable(SIZE, "cpu")
-
-
-def counts(table: RowTable, row: int) -> tuple[int, int, int, int]:
-    return tuple(int(c[row]) for c in (table.num_known, table.num_computed, table.num_prompt, table.num_blocks))
-
-
-def compute(table: RowTable, work: Work, *tokens: int) -> Batch:
-    """A step of which nothing but the tokens is known."""
-    inputs = StepInputs(table, DirectTransfer())
-    parcel = inputs.load(0, work)
-    inputs.send(parcel, work.writes)
-    batch = inputs.batch(parcel, work, False, None)
-    sampling = None if work.is_decode else inputs.step.sampling[: len(tokens)]
-    store_tokens(table.tensors, inputs.step, torch.tensor(tokens), sampling)
-    table.advance(work)
-    assert inputs.step.results[0, : len(tokens)].tolist() == list(tokens)
-    return batch
-
-
-def state(table: RowTable) -> list:
-    return [
-        table.token_ids.tolist(),
-        table.block_table.tolist(),
-        [counts(table, row) for row in range(SIZE.num_rows)],
-        table.sampler._settings.tolist(),
-        sorted(table.sampler._lists),
-    ]
 
 
 def test_a_row_lives(table):
@@ -89,7 +62,7 @@ def test_extensions_of_several_rows_interleave(table):
     table.apply(plan(extend=[(3, 3), (0, 4), (3, 5), (0, 6), (0, 7)]))
     assert table.block_table[0, :4].tolist() == [0, 4, 6, 7]
     assert table.block_table[3, :4].tolist() == [1, 2, 3, 5]
-    assert table.num_blocks.tolist() == [4, 0, 0, 4]
+    assert table.counts.num_blocks.tolist() == [4, 0, 0, 4]
 
 
 def test_a_token_that_could_not_be_sampled_is_still_a_token(table):
@@ -109,7 +82,7 @@ def test_the_longest_sequence_may_sample_one_token_more(table):
 def test_clear_empties_every_row(table):
     table.apply(plan(admits=[admit(0, [1], [0], bias_token_ids=[1], bias_values=[1.0]), admit(3, [1], [1])]))
     table.clear()
-    assert table.num_known.tolist() == [0] * 4
+    assert table.counts.num_known.tolist() == [0] * 4
     table.apply(plan(admits=[admit(0, [1], [0])]))
 
 
@@ -250,7 +223,7 @@ def test_a_step_is_filled_with_padding_whatever_was_there_before(table):
     inputs = StepInputs(table, DirectTransfer())
 
     def load(work: Work, padded: int) -> tuple[list[int], list[int], list[int], list[int]]:
-        inputs.send(inputs.load(0, work, padded), work.writes)
+        inputs.send(inputs.load(0, work, padded), work.changes)
         batch = inputs.static_batch(max(padded, len(work.rows)), False)
         table.advance(work)
         assert batch.rows.static and batch.sample_index is None and (batch.rows.seq_lens == SIZE.max_model_len).all()

@@ -10,7 +10,8 @@ from worker_plans import admit, plan
 
 from quire.worker import batch, transfer
 from quire.worker.batch import StepInputs
-from quire.worker.table import RowTable, TableSize
+from quire.worker.counts import TableSize
+from quire.worker.table import RowTable
 from quire.worker.transfer import DirectTransfer, spin_until, transfer_for
 
 
@@ -60,7 +61,7 @@ def test_what_does_not_fit_beside_a_step_travels_by_itself(monkeypatch):
     inputs = StepInputs(table, LateTransfer())
     prompts = [list(range(300)), list(range(500, 620))]
     work = table.apply(plan(admits=[admit(0, prompts[0], range(75)), admit(1, prompts[1], range(40, 75))]))
-    inputs.send(inputs.load(0, work), work.writes)
+    inputs.send(inputs.load(0, work), work.changes)
     for row, prompt in enumerate(prompts):
         assert table.token_ids[row, : len(prompt)].tolist() == prompt
     assert np.array_equal(table.block_table, table.host_blocks) and table.host_blocks.any()

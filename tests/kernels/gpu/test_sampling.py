@@ -433,7 +433,9 @@ def test_every_public_function_has_its_form_for_gpus(monkeypatch: pytest.MonkeyP
         assert getattr(twin, name)(*arguments) == name
 
 
-@pytest.mark.parametrize("vocab_size, k", [(7, 7), (1000, 1), (5003, 20), (9000, 0), (300, 64), (300, 65)])
+@pytest.mark.parametrize(
+    "vocab_size, k", [(7, 7), (1000, 1), (5003, 20), (9000, 0), (300, 64), (300, 65), (1000, 128), (900, 256)]
+)
 def test_log_probabilities(vocab_size: int, k: int) -> None:
     logits = normal(5, vocab_size)
     logits[1, : vocab_size // 2] = -INF

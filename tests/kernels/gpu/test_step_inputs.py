@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from quire.kernels import step_inputs as public
 from quire.kernels.gpu import step_inputs as gpu
-from quire.kernels.step_inputs import SEGMENT, RowTensors, StepTensors
+from quire.kernels.step_inputs import COPY, SEGMENT, RowTensors, StepTensors
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 POISON = -(10**6)
@@ -43,6 +43,13 @@ BUGS = [
      "test_tokens_are_stored_behind_the_last"),
     ("results by row", FILE, "owner = tl.load(sampling + index, mask=exists, other=0)", "owner = index",
      "test_tokens_are_stored_behind_the_last"),
+    ("a branch's token in its parent", FILE, "row = tl.load(sampling_rows + index,", "row = tl.load(rows + owner,",
+     "test_tokens_are_stored_behind_the_last"),
+    ("no more sample than compute", FILE, "max(num_rows, num_sampling)", "num_rows", "test_more_sample_than_compute"),
+    ("a long row copied in part", FILE, "count = tl.load(copy + 2)", "count = tl.minimum(tl.load(copy + 2), WRITTEN)",
+     "test_rows_are_copied"),
+    ("a row copied the other way", FILE, "source = tl.load(copy).to", "source = tl.load(copy + 1).to",
+     "test_rows_are_copied"),
     ("tables exchanged", FILE, "if table == 0:", "if table == 1:", "test_rows_are_written"),
     ("written from the row's start", FILE, "row * block_stride + column + at", "row * block_stride + at",
      "test_rows_are_written"),
@@ -82,6 +89,7 @@ def make_case(
         starts=here(starts, num_rows),
         query_starts=here(bounds, num_rows + 1),
         sampling=here(sampling, num_rows),
+        sampling_rows=here([rows[i] for i in sampling], num_rows),
         token_ids=derived(400),
         positions=derived(400),
         slots=derived(400),
@@ -155,6 +163,12 @@ def test_the_last_of_many_rows_is_found(form: Any) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_more_sample_than_compute(form: Any) -> None:
+    check(form, [3, 0], [0, 4], [5, 1], [0, 1, 0, 0, 1])
+    check(form, [6], [4], [1], [0, 0, 0])
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_slots_of_a_large_pool(form: Any) -> None:
     check(form, [0, 2], [0, 3], [2, 1], [], block_size=16, first_block=1 << 28)
 
@@ -179,11 +193,13 @@ def test_tokens_are_stored_behind_the_last(form: Any) -> None:
     tables, step = make_case([3, 0, 7], [2, 4, 9], [1, 1, 1], [], 4)
     form.derive_inputs(tables, step, 3, 3, 0, 4)
     before = tables.token_ids.cpu().clone()
-    step.sampling[:2] = torch.tensor([0, 2], dtype=torch.int32)
-    form.store_tokens(tables, step, torch.tensor([11, -1], device=DEVICE), step.sampling[:2])
-    before[3, 3], before[7, 10] = 11, 0
+    # Row 5 takes another token from the logits of row 7.
+    step.sampling[:3] = torch.tensor([0, 2, 2], dtype=torch.int32)
+    step.sampling_rows[:3] = torch.tensor([3, 7, 5], dtype=torch.int32)
+    form.store_tokens(tables, step, torch.tensor([11, -1, 12], device=DEVICE), are_some=True)
+    before[3, 3], before[7, 10], before[5, 10] = 11, 0, 12
     assert torch.equal(tables.token_ids.cpu(), before)
-    assert step.results.cpu().tolist() == [[POISON] * 9, [11, -1] + [POISON] * 7, [POISON] * 9]
+    assert step.results.cpu().tolist() == [[POISON] * 9, [11, -1, 12] + [POISON] * 6, [POISON] * 9]
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -191,7 +207,7 @@ def test_padding_stores_nothing(form: Any) -> None:
     tables, step = make_case([3, -1, 7, -1], [2, 0, 9, 0], [1] * 4, [], 4)
     form.derive_inputs(tables, step, 4, 4, 0, 4)
     before = tables.token_ids.cpu().clone()
-    form.store_tokens(tables, step, torch.tensor([11, 12, 13, 14], device=DEVICE), None)
+    form.store_tokens(tables, step, torch.tensor([11, 12, 13, 14], device=DEVICE), are_some=False)
     before[3, 3], before[7, 10] = 11, 13
     assert torch.equal(tables.token_ids.cpu(), before)
     stride = tables.token_ids.stride(0)
@@ -215,9 +231,24 @@ def test_rows_are_written(form: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(tables.token_ids.cpu(), tokens) and torch.equal(tables.block_tables.cpu(), blocks)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_are_copied(form: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "WRITTEN", 2)
+    monkeypatch.setattr(gpu, "COPIERS", 3)
+    tables, _ = make_case([1, 4, 8], [0, 0, 0], [9, 1, 23], [], 4)
+    tokens, blocks = tables.token_ids.cpu().clone(), tables.block_tables.cpu().clone()
+    listed = [(1, 0, 9, 3), (1, 7, 8, 2), (8, 3, 23, 6), (4, 5, 1, 0)]
+    for source, target, num_tokens, num_blocks in listed:
+        tokens[target, :num_tokens] = tokens[source, :num_tokens]
+        blocks[target, :num_blocks] = blocks[source, :num_blocks]
+    form.copy_rows(tables, torch.tensor(listed, dtype=torch.int32, device=DEVICE))
+    assert torch.equal(tables.token_ids.cpu(), tokens) and torch.equal(tables.block_tables.cpu(), blocks)
+
+
 def test_nothing_is_launched_for_nothing() -> None:
     tables, step = make_case([], [], [], [], 4)
     gpu.write_rows(tables, torch.empty(0, SEGMENT, dtype=torch.int32, device=DEVICE), step.rows)
     gpu.derive_inputs(tables, step, 0, 0, 0, 4)
-    gpu.store_tokens(tables, step, torch.empty(0, dtype=torch.int64, device=DEVICE), None)
+    gpu.copy_rows(tables, torch.empty(0, COPY, dtype=torch.int32, device=DEVICE))
+    gpu.store_tokens(tables, step, torch.empty(0, dtype=torch.int64, device=DEVICE), are_some=False)
     assert (step.results == POISON).all() and (tables.token_ids == POISON).all()
