@@ -8,61 +8,20 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
+
+from quire.cluster.cli_options import BYTES, COUNT, engine_options, option, options, sampling_options, url_option
 
 if TYPE_CHECKING:
     from quire.cluster.client import Client
     from quire.cluster.config import EngineConfig, ServeConfig
     from quire.protos import generation_pb2 as pb
 
-Decorator: TypeAlias = Callable[[Any], Any]
-
-URL = "127.0.0.1:50051"
 _INTERRUPTED = 130
-
-
-class _Parsed(click.ParamType[int]):
-    """A size as people write it: 8k, 512M, 2GiB."""
-
-    def __init__(self, name: str, parser: str) -> None:
-        self.name = name
-        self._parser = parser
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        from quire.cluster import sizes
-
-        parse: Callable[[str], int] = getattr(sizes, self._parser)
-        try:
-            return parse(value)
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
-
-
-COUNT = _Parsed("tokens", "parse_count")
-BYTES = _Parsed("bytes", "parse_bytes")
-
-
-def option(*names: str, **settings: Any) -> Decorator:
-    """An option that the environment can set too: QUIRE_ and its name, whatever the command."""
-    variable = "QUIRE_" + names[0].removeprefix("--").split("/")[0].replace("-", "_").upper()
-    return click.option(*names, envvar=variable, show_default=settings.get("default") is not None, **settings)
-
-
-def options(*decorators: Decorator) -> Decorator:
-    """Several options as one, in the order in which help shows them."""
-
-    def decorate(function: Any) -> Any:
-        for decorator in reversed(decorators):
-            function = decorator(function)
-        return function
-
-    return decorate
 
 
 def _show_version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
@@ -79,51 +38,6 @@ def _refuse_remote_code(_ctx: click.Context, _param: click.Parameter, value: boo
             "--trust-remote-code is not supported: Python code that comes with a model is never run;"
             " serve a model of a built-in architecture"
         )
-
-
-engine_options = options(
-    option("--tensor-parallel-size", "-tp", type=int, default=1, help="Ranks that share the model."),
-    option("--dtype", type=click.Choice(["auto", "float32", "float16", "bfloat16"]), default="auto",
-           help="Of weights and KV cache; auto: the model's own."),
-    option("--kv-cache-dtype", type=click.Choice(["auto", "fp8"]), default="auto",
-           help="fp8 (e4m3) holds twice the tokens of a 16-bit cache; auto: as --dtype."),
-    option("--max-model-len", type=COUNT, help="Longest sequence: 4096, 8k, 1K.  [default: the model's]"),
-    option("--block-size", type=int, default=16, help="Tokens of a KV block."),
-    option("--gpu-memory-utilization", type=float, default=0.9, help="Share of a GPU's memory to use."),
-    option("--kv-cache-memory-bytes", type=BYTES, help="Size of each rank's KV pool: 512M, 2GiB.  [default: measured]"),
-    option("--num-gpu-blocks-override", type=int, help="Exact number of KV blocks."),
-    option("--max-num-seqs", type=int, help="Sequences that run at once.  [default: 256 on a GPU, 64 on a CPU]"),
-    option("--max-num-batched-tokens", type=COUNT,
-           help="Tokens of the largest step.  [default: 2048 on a GPU, 512 on a CPU]"),
-    option("--swap-space", type=float,
-           help="GiB of host memory per rank for what is preempted.  [default: 4 on a GPU, 0 on a CPU]"),
-    option("--preemption-mode", type=click.Choice(["auto", "swap", "recompute"]), default="auto",
-           help="What becomes of the KV of a preempted request; auto: what takes less time."),
-    option("--enable-prefix-caching/--no-enable-prefix-caching", default=True,
-           help="Compute what several prompts begin with once."),
-    option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="auto: a GPU if there is one."),
-    option("--deterministic", is_flag=True,
-           help="A request's output is the same to the last bit whatever runs beside it."),
-    option("--enforce-eager", is_flag=True, help="No CUDA graphs: less memory, slower steps."),
-)  # fmt: skip
-
-url_option = option("--url", default=URL, metavar="HOST:PORT", help="The server.")
-
-sampling_options = options(
-    option("--max-tokens", type=int, help="Output tokens at most.  [default: as many as fit]"),
-    option("--temperature", type=float, help="0 takes the likeliest token always.  [default: 1]"),
-    option("--top-p", type=float, help="Sample from the smallest set of this probability."),
-    option("--top-k", type=int, help="Sample from the k likeliest tokens."),
-    option("--seed", type=int, help="Same seed, same output."),
-    option("--best-of", type=int, help="Make so many samples; answer with those of the highest mean log-probability."),
-    option("--beam-width", type=int, help="Beam search with so many candidates, instead of sampling."),
-    option("--length-penalty", type=float, help="Of beam search: above 0 favours long answers.  [default: 1]"),
-    option("--early-stopping", type=click.Choice(["true", "false", "never"]),
-           help="Beam search ends with enough answers; when no better is likely; or possible.  [default: false]"),
-    option("--cache-salt", help="Share what is computed only with requests of the same salt."),
-    option("--stop", multiple=True, help="End before this text; may be given several times."),
-    option("--timeout", type=float, help="Seconds for each answer at most."),
-)  # fmt: skip
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -150,7 +64,8 @@ def cli() -> None:
     option("--step-timeout", type=float, help="Seconds after which a step counts as hung.  [default: by device]"),
     option("--drain-timeout", type=float, default=60.0, help="Seconds to finish open requests after a signal."),
     option("--reserve-prefix", multiple=True, metavar="FILE",
-           help="Keep what many prompts begin with: a file of text, or JSON that says more; may be given several times."),
+           help="Keep what many prompts begin with: a file of text, or JSON that says more; may be repeated."),
+    option("--record", metavar="FILE", help="Write what the scheduler is told and decides, for replay."),
     option("--enable-admin/--no-enable-admin", default=None,
            help="Let this port reserve and release prefixes.  [default: if only this machine reaches it]"),
     click.option("--trust-remote-code", is_flag=True, hidden=True, expose_value=False, callback=_refuse_remote_code),
@@ -163,6 +78,7 @@ def serve(
     step_timeout: float | None,
     drain_timeout: float,
     reserve_prefix: tuple[str, ...],
+    record: str | None,
     enable_admin: bool | None,
     **engine: Any,
 ) -> int:
@@ -182,6 +98,7 @@ def serve(
             step_timeout=step_timeout,
             drain_timeout=drain_timeout,
             reserved_prefixes=tuple(map(read_prefix, reserve_prefix)),
+            record=None if record is None else os.path.abspath(record),
             enable_admin=enable_admin,
         )
         _check_model(config.engine)
@@ -208,6 +125,33 @@ def plan(gpu_memory: int | None, **engine: Any) -> int:
     for line in (render(made), *made.engine.notes):
         click.echo(line)
     return 1 if made.fits is False else 0
+
+
+@cli.command()
+@click.argument("trace")
+@options(
+    option("--model", required=True, metavar="SHAPE", help="opt-13b, llama-3.1-8b, … (any other name lists them)."),
+    option("--gpu", required=True, metavar="NAME", help="a100-40gb, a100-80gb, h100, h200."),
+    option("--gpus", type=int, help="GPUs that share the model.  [default: 1, 2, 4 and 8]"),
+    option("--rate", type=float, help="Requests per second.  [default: the largest that keeps the limit]"),
+    option("--limit", type=float, default=0.1, help="Mean latency of a request divided by its tokens, seconds."),
+    option("--duration", type=float, default=300.0, help="Seconds of arrivals to simulate."),
+    option("--block-size", type=int, default=16, help="Tokens of a KV block."),
+    option("--max-num-seqs", type=int, default=256, help="Sequences that run at once."),
+    option("--max-num-batched-tokens", type=COUNT, default=2048, help="Tokens of the largest step."),
+    option("--gpu-memory-utilization", type=float, default=0.9, help="Share of a GPU's memory to use."),
+    option("--seed", type=int, default=0, help="Of lengths and arrivals that are drawn."),
+)  # fmt: skip
+def simulate(**question: Any) -> None:
+    """Tell what a model on GPUs would serve of TRACE, without having them: a CSV file with columns arrival_s,
+    prompt_tokens and output_tokens, or one of sharegpt, alpaca, azure, wmt16, drawn to published means. A latency
+    above --limit is marked with !."""
+    from quire.cluster.simulate_command import Question
+    from quire.cluster.simulate_command import simulate as lines
+
+    with _mistakes():
+        for line in lines(Question(**question)):
+            click.echo(line)
 
 
 @cli.command()
@@ -266,6 +210,36 @@ def load(url: str) -> None:
         click.echo(render(client.load()))
 
 
+@cli.command()
+@click.argument("request_id", metavar="REQUEST")
+@url_option
+def explain(request_id: str, url: str) -> None:
+    """Tell the life of a request, by its id: what it waited for, what was computed, who had it preempted."""
+    from quire.cluster.inspect_commands import explanation_lines
+
+    with _client(url) as client:
+        for line in explanation_lines(client.explain(request_id)):
+            click.echo(line)
+
+
+@cli.command()
+@click.argument("file")
+@options(
+    click.option("--set", "settings", multiple=True, metavar="NAME=VALUE",
+                 help="Decide with this setting instead, such as watermark=0.05; may be given several times."),
+    click.option("--explain", "request_id", metavar="REQUEST", help="Tell the life of this request instead."),
+)  # fmt: skip
+def replay(file: str, settings: tuple[str, ...], request_id: str | None) -> int:
+    """Let the scheduler decide again what serve --record FILE has recorded, and show where it decides otherwise."""
+    from quire.cluster.inspect_commands import replay_lines
+
+    with _mistakes():
+        lines, code = replay_lines(file, settings, request_id)
+    for line in lines:
+        click.echo(line)
+    return code
+
+
 @cli.group()
 def prefix() -> None:
     """Keep in memory what many prompts begin with."""
@@ -275,7 +249,7 @@ def prefix() -> None:
 @click.argument("file")
 @url_option
 @click.option("--name", help="Instead of the file's own.")
-@click.option("--cache-salt", help="Only for requests of this salt.")
+@option("--cache-salt", help="Only for requests of this salt.")
 def reserve(file: str, url: str, name: str | None, cache_salt: str | None) -> None:
     """Keep what FILE holds: text, or JSON that says more, as for serve --reserve-prefix."""
     from quire.cluster.prefixes import read_prefix

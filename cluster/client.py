@@ -112,6 +112,12 @@ class Client:
         load: pb.Load = self._call(self._stub.GetLoad, pb.GetLoadRequest(), timeout)
         return load
 
+    def explain(self, request_id: str, timeout: float | None = None) -> pb.Explanation:
+        """The life of a request, in progress or ended not long ago."""
+        request = pb.ExplainRequest(request_id=request_id)
+        explanation: pb.Explanation = self._call(self._stub.Explain, request, timeout)
+        return explanation
+
     def reserve_prefix(
         self, name: str, prefix: Prompt, cache_salt: str = "", timeout: float | None = None
     ) -> pb.ReservedPrefix:

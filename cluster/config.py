@@ -99,6 +99,8 @@ class ServeConfig:
     """Seconds that requests in progress may take to finish after a signal."""
     reserved_prefixes: tuple[Prefix, ...] = ()
     """Kept from the start."""
+    record: str | None = None
+    """File to which the controller writes what its scheduler is told and decides."""
     enable_admin: bool | None = None
     """Serve the operator's calls on the public port. None: where only this machine reaches it."""
 

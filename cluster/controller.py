@@ -1,40 +1,36 @@
 """The controller: owns the scheduler and the engine's loop, and serves `Generation` for token ids.
 
-Two worlds meet here. The engine runs in a thread of its own and is the only one to touch the scheduler; the service
-runs in an asyncio loop. Into the engine go calls (`EngineThread.call`), out of it come events, one hand-over per step.
+Two worlds meet here. The engine runs in a thread of its own (`engine_thread.py`), the service in an asyncio loop. Into
+the engine go calls, out of it come events, one hand-over per step.
 """
 
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
-import queue
 import secrets
-import threading
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
 
 import grpc
 
 from quire.cluster import errors, wire
+from quire.cluster.engine_thread import EngineThread, RemoteExecutor
 from quire.cluster.errors import RequestError
 from quire.cluster.executor import GrpcExecutor, WorkerAddress, WorkerLost
-from quire.cluster.quiet import IDLE_S, QuietCollector
 from quire.cluster.servers import Context
 from quire.cluster.streams import Stream
 from quire.protos import generation_pb2, generation_pb2_grpc
 from quire.scheduler.config import SchedulerConfig
-from quire.scheduler.engine import Engine, Executor
+from quire.scheduler.engine import Engine
+from quire.scheduler.explain import Lives
 from quire.scheduler.params import InvalidRequest, QueueFull
 from quire.scheduler.plan import StepEvents
+from quire.scheduler.record import Recorder, RecordingScheduler
 from quire.scheduler.request import ModelLimits, Request, check_cache_salt, check_prompt
 from quire.scheduler.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,114 +43,8 @@ class ControllerConfig:
     """Seconds within which every rank must have finished a step."""
     run_ahead: int = 1
     """Plans under way beyond the one whose result is awaited."""
-
-
-class RemoteExecutor(Executor, Protocol):
-    """An executor whose workers can be lost between steps."""
-
-    def start(self) -> None:
-        """Open the streams."""
-
-    def check(self) -> None:
-        """Raises WorkerLost if a worker was lost while nothing was awaited."""
-
-    def close(self) -> None: ...
-
-
-class EngineThread:
-    """Runs the engine; everything that touches the scheduler runs here."""
-
-    def __init__(
-        self,
-        engine: Engine,
-        executor: RemoteExecutor,
-        on_events: Callable[[StepEvents], None],
-        on_failure: Callable[[Exception], None],
-    ) -> None:
-        self._engine = engine
-        self._executor = executor
-        self._on_events = on_events
-        self._on_failure = on_failure
-        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def call(self, function: Callable[[Scheduler], T]) -> asyncio.Future[T]:
-        """Run `function` between two steps. The future belongs to the calling loop."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[T] = loop.create_future()
-
-        def run() -> None:
-            try:
-                settle = functools.partial(_resolve, future, function(self._engine.scheduler))
-            except Exception as error:  # belongs to the caller, not to this thread
-                settle = functools.partial(_reject, future, error)
-            loop.call_soon_threadsafe(settle)
-
-        self._calls.put(run)
-        return future
-
-    def wake(self) -> None:
-        """Have an idle loop look after its executor."""
-        self._calls.put(lambda: None)
-
-    def stop(self) -> None:
-        self._calls.put(None)
-        self._thread.join()
-
-    def _run(self) -> None:
-        quiet = QuietCollector()
-        quiet.begin()
-        try:
-            self._executor.start()
-            while self._take_calls(quiet):
-                self._executor.check()
-                events = self._engine.step()
-                if events.token_ids or events.answers:
-                    self._on_events(events)
-                quiet.after_step()
-        except Exception as error:  # the thread's edge: whoever holds a stream is told
-            if not isinstance(error, WorkerLost):
-                logger.exception("the engine failed")
-            self._on_failure(error)
-            self._serve_calls()
-        finally:
-            quiet.end()
-
-    def _take_calls(self, quiet: QuietCollector) -> bool:
-        """Run what has been asked for, and wait for more when there is nothing else to do. False: stop."""
-        is_idle = not self._engine.scheduler.has_work
-        timeout: float | None = IDLE_S
-        while True:
-            try:
-                call = self._calls.get(is_idle, timeout)
-            except queue.Empty:
-                if not is_idle:
-                    return True
-                quiet.idle()  # once; then there is nothing left to collect
-                timeout = None
-                continue
-            if call is None:
-                return False
-            call()
-            is_idle = False
-
-    def _serve_calls(self) -> None:
-        """After a failure: steps are over, cancellations and questions still get their answers."""
-        while (call := self._calls.get()) is not None:
-            call()
-
-
-def _resolve(future: asyncio.Future[T], value: T) -> None:
-    if not future.done():
-        future.set_result(value)
-
-
-def _reject(future: asyncio.Future[Any], error: Exception) -> None:
-    if not future.done():
-        future.set_exception(error)
+    record: str | None = None
+    """File to which the scheduler's inputs and decisions are written."""
 
 
 class Controller(generation_pb2_grpc.GenerationServicer):
@@ -163,6 +53,9 @@ class Controller(generation_pb2_grpc.GenerationServicer):
     def __init__(self, config: ControllerConfig, info: generation_pb2.ModelInfo) -> None:
         self.config = config
         self.info = info
+        self._lives = Lives()
+        """Only the engine's thread looks at it."""
+        self._recorder: Recorder | None = None
         self._streams: dict[str, Stream] = {}
         self._refusal: RequestError | None = None
         """Why nothing new is accepted."""
@@ -179,12 +72,22 @@ class Controller(generation_pb2_grpc.GenerationServicer):
         self._loop = asyncio.get_running_loop()
         self._executor = executor
         self._thread = EngineThread(
-            Engine(Scheduler(self.config.scheduler), executor, self.config.run_ahead),
+            Engine(self._make_scheduler(), executor, self.config.run_ahead),
             executor,
             on_events=lambda events: self._post(self._dispatch, events),
             on_failure=lambda error: self._post(self._fail, error),
         )
         self._thread.start()
+
+    def _make_scheduler(self) -> Scheduler:
+        path, limits = self.config.record, self.config.scheduler
+        if path is None:
+            return Scheduler(limits, journal=self._lives)
+        try:
+            self._recorder = Recorder(path)
+        except OSError as error:
+            raise ValueError(f"--record {path} cannot be written: {error.strerror}") from error
+        return RecordingScheduler(limits, self._recorder, journal=self._lives)
 
     @property
     def num_open(self) -> int:
@@ -201,6 +104,8 @@ class Controller(generation_pb2_grpc.GenerationServicer):
 
     async def close(self) -> None:
         await asyncio.to_thread(self._thread.stop)
+        if self._recorder is not None:
+            await asyncio.to_thread(self._recorder.close)
         await asyncio.to_thread(self._executor.close)
 
     async def failure(self) -> str:
@@ -266,6 +171,14 @@ class Controller(generation_pb2_grpc.GenerationServicer):
             )
 
         return await self._thread.call(read)
+
+    async def Explain(self, request: generation_pb2.ExplainRequest, context: Context) -> generation_pb2.Explanation:
+        name, with_names = request.request_id, request.with_names
+        found = await self._thread.call(lambda _scheduler: self._lives.explain(name, with_names))
+        if found is None:
+            message = f"no request with id {name[:128]!r} is known: there was none, or it ended too long ago"
+            await errors.abort(context, RequestError(grpc.StatusCode.NOT_FOUND, message, field="request_id"))
+        return wire.encode_explanation(found)
 
     # -- reserved prefixes; the gateway lets only an operator's calls through
 

@@ -91,6 +91,7 @@ class GenerationService:
             "Detokenize": (self.detokenize, pb.DetokenizeRequest),
             "GetModelInfo": (self.get_model_info, pb.GetModelInfoRequest),
             "GetLoad": (self.get_load, pb.GetLoadRequest),
+            "Explain": (self.explain, pb.ExplainRequest),
             "ReservePrefix": (self.reserve_prefix, pb.ReservePrefixRequest),
             "ReleasePrefix": (self.release_prefix, pb.ReleasePrefixRequest),
             "ListPrefixes": (self.list_prefixes, pb.ListPrefixesRequest),
@@ -197,6 +198,13 @@ class GenerationService:
     async def get_load(self, request: pb.GetLoadRequest, context: Context) -> pb.Load:
         load: pb.Load = await self._upstream.GetLoad(request, **self._forwarded(context))
         return load
+
+    async def explain(self, request: pb.ExplainRequest, context: Context) -> pb.Explanation:
+        if not request.request_id:
+            raise invalid("request_id", "name the request to explain: its request_id is in the Started message")
+        request.with_names = self._settings.enable_admin
+        explanation: pb.Explanation = await self._upstream.Explain(request, **self._forwarded(context))
+        return explanation
 
     # -- the operator's calls
 

@@ -50,6 +50,8 @@ def serve(config: ServeConfig) -> int:
     laps, progress = Laps(started), Progress(sys.stderr, started)
     engine = resolve(config.engine)
     _check_port(config.host, config.grpc_port)
+    if config.record is not None and config.address is None:
+        _check_record(config.record)
     if config.host not in LOOPBACK:
         progress.line(
             f"listening on {config.host}: whoever reaches this port can use the model"
@@ -195,6 +197,8 @@ class Replica:
         addresses = self._get_all(serving, stop, "worker rank {}")
         describing = [worker.describe.remote() for worker in self.workers]
         self.descriptions = self._get_all(describing, stop, "worker rank {}")
+        if swap := min(description.num_swap_blocks for description in self.descriptions):
+            self.progress.line(f"swap space: {swap} blocks")
         self.laps.lap("warm-up")
         inside = self._get(self.workers[0].laps.remote(), stop, "worker rank 0")
         self.laps.split("processes", "torch", inside["torch"])
@@ -214,7 +218,7 @@ class Replica:
         engine = self.engine
         scheduler = engine.scheduler_config(self.num_blocks, self.descriptions)
         timeout = self.config.step_timeout or STEP_TIMEOUT_S[engine.device]
-        return ControllerConfig(scheduler, engine.limits, timeout, engine.run_ahead)
+        return ControllerConfig(scheduler, engine.limits, timeout, engine.run_ahead, self.config.record)
 
     def _gateway_config(self) -> GatewayConfig:
         engine, config = self.engine, self.config
@@ -414,6 +418,14 @@ def _check_port(host: str, port: int) -> None:
             raise LaunchError(
                 f"cannot listen on {host}:{port}: {error.strerror}; choose another --grpc-port"
             ) from error
+
+
+def _check_record(path: str) -> None:
+    """Likewise."""
+    try:
+        open(path, "wb").close()
+    except OSError as error:
+        raise LaunchError(f"--record {path} cannot be written: {error.strerror}") from error
 
 
 def _epoch() -> int:

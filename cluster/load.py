@@ -25,7 +25,8 @@ def _lines(load: pb.Load) -> Iterator[str]:
         f" ({_share(load.slots_filled, used)} filled); {load.slots_shared:,} more without sharing"
     )
     if load.swap_blocks_total:
-        yield f"swap space of {_blocks(load, load.swap_blocks_total)}, of which {load.swap_blocks_used:,} blocks are used"
+        whole = _blocks(load, load.swap_blocks_total)
+        yield f"swap space of {whole}, of which {load.swap_blocks_used:,} blocks are used"
     yield (
         f"prefix cache: {load.prefix_hit_tokens:,} of {load.prefix_query_tokens:,} tokens found"
         f" ({_share(load.prefix_hit_tokens, load.prefix_query_tokens)})"

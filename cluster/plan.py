@@ -202,9 +202,9 @@ def _needed_on_cpu(plan: Plan) -> int:
         return plan.weight_bytes + plan.activations + plan.sampling + pool + min(plan.engine.swap_space_bytes, pool)
     others, swap = plan.activations + plan.sampling, plan.engine.swap_space_bytes
     # What the pool leaves holds the rest, and a swap space as large as it was given or as large as the pool.
-    others = min((others + swap) / (1 - CPU_SHARE), others / (1 - 2 * CPU_SHARE))
-    pool = plan.blocks_per_sequence * plan.bytes_per_block / CPU_SHARE
-    return plan.weight_bytes + int(max(pool, others)) + 1
+    beside = min((others + swap) / (1 - CPU_SHARE), others / (1 - 2 * CPU_SHARE))
+    with_pool = plan.blocks_per_sequence * plan.bytes_per_block / CPU_SHARE
+    return plan.weight_bytes + int(max(with_pool, beside)) + 1
 
 
 def _can_cut(engine: ResolvedEngine, size: int) -> bool:

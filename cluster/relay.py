@@ -140,7 +140,7 @@ class RelayStub:
         stub: Any = generation_pb2_grpc.GenerationStub(channel)
         self.Abort, self.GetModelInfo, self.GetLoad = stub.Abort, stub.GetModelInfo, stub.GetLoad
         self.ReservePrefix, self.ReleasePrefix = stub.ReservePrefix, stub.ReleasePrefix
-        self.ListPrefixes = stub.ListPrefixes
+        self.ListPrefixes, self.Explain = stub.ListPrefixes, stub.Explain
         self._open = relay_pb2_grpc.RelayStub(channel).Open
         self._metadata = metadata
         self._link: _Link | None = None

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from itertools import chain
 
 from quire.protos import generation_pb2, worker_pb2
+from quire.scheduler.explain import Explanation, Moment, Sums
 from quire.scheduler.params import InvalidRequest, SamplingParams
 from quire.scheduler.plan import Admission, Logprobs, StepPlan, StepResult
 from quire.scheduler.reserved import PrefixStatus
@@ -101,7 +102,7 @@ def _encode_admission(admission: Admission) -> worker_pb2.Admit:
 def _encode_sampling(admission: Admission) -> worker_pb2.Sampling:
     params = admission.params
     return worker_pb2.Sampling(
-        temperature=params.temperature,
+        temperature=params.temperature if params.beam_width is None else 0.0,
         top_k=params.top_k,
         top_p=params.top_p,
         min_p=params.min_p,
@@ -188,6 +189,36 @@ def encode_load(counters: Counters, memory: MemoryUse, **gauges: int) -> generat
     fields = generation_pb2.Load.DESCRIPTOR.fields_by_name
     told = {name: getattr(source, name) for source in (counters, memory) for name in fields if hasattr(source, name)}
     return generation_pb2.Load(**told, **gauges)
+
+
+_SUMS = tuple(name for name in Sums.__slots__ if name != "waited_s")
+"""Under their own names, which are the message's."""
+
+
+def encode_explanation(explanation: Explanation) -> generation_pb2.Explanation:
+    sums = explanation.sums
+    return generation_pb2.Explanation(
+        request_id=explanation.request_id,
+        state=explanation.state,
+        age_s=explanation.age_s,
+        moments=[generation_pb2.Moment(**moment._asdict()) for moment in explanation.moments],
+        num_omitted=explanation.num_omitted,
+        waits=[generation_pb2.Wait(reason=reason, seconds=seconds) for reason, seconds in sums.waited_s.items()],
+        **{name: getattr(sums, name) for name in _SUMS},
+    )
+
+
+def decode_explanation(message: generation_pb2.Explanation) -> Explanation:
+    """As it was, for who shows it."""
+    waited = {wait.reason: wait.seconds for wait in message.waits}
+    return Explanation(
+        request_id=message.request_id,
+        state=message.state,
+        age_s=message.age_s,
+        sums=Sums(waited_s=waited, **{name: getattr(message, name) for name in _SUMS}),
+        moments=tuple(Moment(moment.at_s, moment.step, moment.kind, moment.text) for moment in message.moments),
+        num_omitted=message.num_omitted,
+    )
 
 
 def encode_prefix(status: PrefixStatus) -> generation_pb2.ReservedPrefix:

@@ -15,19 +15,20 @@ WORDS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
 def copy_blocks(
     pool: torch.Tensor,  # [N, ...] contiguous
-    pairs: torch.Tensor,  # [n, 2] int64, on the pool's device: source, destination; none is both, no destination twice
+    # [n, 2] int32 or int64, on the pool's device: source, destination; none is both, no destination twice.
+    pairs: torch.Tensor,
 ) -> None:
     if dispatch.on_gpu(pool):
         from quire.kernels.gpu import blocks as gpu
 
         return gpu.copy_blocks(pool, pairs)
     (words,) = as_words(pool)
-    words.index_copy_(0, pairs[:, 1], words.index_select(0, pairs[:, 0]))
+    words.index_copy_(0, pairs[:, 1].long(), words.index_select(0, pairs[:, 0]))
 
 
 def gather_blocks(
     pool: torch.Tensor,  # [N, ...] contiguous
-    ids: torch.Tensor,  # [n] int64, on the pool's device
+    ids: torch.Tensor,  # [n] int32 or int64, on the pool's device
     out: torch.Tensor,  # [n, ...] contiguous, type and device of the pool
 ) -> None:
     if dispatch.on_gpu(pool):
@@ -41,7 +42,7 @@ def gather_blocks(
 
 def scatter_blocks(
     pool: torch.Tensor,  # [N, ...] contiguous
-    ids: torch.Tensor,  # [n] int64, on the pool's device; none twice
+    ids: torch.Tensor,  # [n] int32 or int64, on the pool's device; none twice
     source: torch.Tensor,  # [n, ...] contiguous, type and device of the pool
 ) -> None:
     if dispatch.on_gpu(pool):
@@ -49,7 +50,7 @@ def scatter_blocks(
 
         return gpu.scatter_blocks(pool, ids, source)
     words, staging = as_words(pool, source)
-    words.index_copy_(0, ids, staging)
+    words.index_copy_(0, ids.long(), staging)
 
 
 def as_words(*tensors: torch.Tensor) -> list[torch.Tensor]:

@@ -19,6 +19,9 @@ SEGMENT = 8
 """Integers per segment of `write_rows`: table (0: tokens, 1: blocks), row, first column, offset of the values, number
 of values; the rest is not looked at."""
 
+COPY = 4
+"""Integers per entry of `copy_rows`: row that is copied, row that becomes its copy, tokens, blocks."""
+
 LONGEST_SEGMENT = 4096
 """Values that one program writes; longer ones are cut by whoever lists them."""
 
@@ -63,7 +66,9 @@ class StepTensors:
     query_starts: torch.Tensor
     """[B + 1] int32: row i's tokens are query_starts[i]:query_starts[i + 1]."""
     sampling: torch.Tensor
-    """[S] int32: index among the B rows."""
+    """[S] int32: index among the B rows; of rows whose logits several sample from, more than once."""
+    sampling_rows: torch.Tensor
+    """[S] int32: the row of the tables that takes each sampled token."""
 
     # Derived.
     token_ids: torch.Tensor
@@ -96,6 +101,17 @@ def write_rows(tables: RowTensors, segments: torch.Tensor, values: torch.Tensor)
     for table, row, column, offset, count, *_ in segments.tolist():
         target = tables.block_tables if table else tables.token_ids
         target[row, column : column + count] = values[offset : offset + count]
+
+
+def copy_rows(tables: RowTensors, copies: torch.Tensor) -> None:
+    """Copies [n, COPY] int32, all at once: no row that is copied becomes a copy, and none becomes one twice."""
+    if dispatch.on_gpu(tables.token_ids):
+        from quire.kernels.gpu import step_inputs as gpu
+
+        return gpu.copy_rows(tables, copies)
+    for source, target, num_tokens, num_blocks in copies.tolist():
+        for table, count in ((tables.token_ids, num_tokens), (tables.block_tables, num_blocks)):
+            table[target, :count] = table[source, :count]
 
 
 def derive_inputs(
@@ -142,19 +158,19 @@ def store_tokens(
     tables: RowTensors,
     step: StepTensors,
     tokens: torch.Tensor,  # [S] int64, -1: could not be sampled
-    sampling: torch.Tensor | None,  # [S] int32: index among the step's rows; None: all of them, padding too
+    are_some: bool,
 ) -> None:
-    """Each token goes behind its row's last, where a step sent ahead looks it up, and into the results."""
+    """Each token goes behind its row's last, where a step sent ahead looks it up, and into the results. They belong to
+    `sampling_rows` if `are_some`, else to all rows of the step in their order, padding too."""
     if dispatch.on_gpu(tables.token_ids):
         from quire.kernels.gpu import step_inputs as gpu
 
-        return gpu.store_tokens(tables, step, tokens, sampling)
+        return gpu.store_tokens(tables, step, tokens, are_some)
     here, sampled = step.arrays, tokens.numpy()
     count = len(sampled)
     rows, lengths = here.rows[:count], here.seq_lens[:count]
-    if sampling is not None:
-        index = sampling.numpy()
-        rows, lengths = here.rows[index], here.seq_lens[index]
+    if are_some:
+        rows, lengths = here.sampling_rows[:count], here.seq_lens[here.sampling[:count]]
     here.results[here.report[0], :count] = sampled
     if rows.min(initial=0) < 0:
         exists = rows >= 0

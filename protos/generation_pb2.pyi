@@ -336,6 +336,68 @@ class Load(_message.Message):
     swapped_in_blocks: int
     def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., blocks_total: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_used: _Optional[int] = ..., slots_filled: _Optional[int] = ..., slots_reserved: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generation_tokens: _Optional[int] = ..., num_finished: _Optional[int] = ..., num_cancelled: _Optional[int] = ..., open_requests: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., blocks_reserved_prefix: _Optional[int] = ..., slots_shared: _Optional[int] = ..., swap_blocks_total: _Optional[int] = ..., swap_blocks_used: _Optional[int] = ..., block_size: _Optional[int] = ..., block_bytes: _Optional[int] = ..., num_swap_preemptions: _Optional[int] = ..., recomputed_tokens: _Optional[int] = ..., prefix_query_tokens: _Optional[int] = ..., prefix_hit_tokens: _Optional[int] = ..., copied_blocks: _Optional[int] = ..., swapped_out_blocks: _Optional[int] = ..., swapped_in_blocks: _Optional[int] = ...) -> None: ...
 
+class ExplainRequest(_message.Message):
+    __slots__ = ("request_id", "with_names")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    WITH_NAMES_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    with_names: bool
+    def __init__(self, request_id: _Optional[str] = ..., with_names: _Optional[bool] = ...) -> None: ...
+
+class Explanation(_message.Message):
+    __slots__ = ("request_id", "state", "age_s", "moments", "num_omitted", "waits", "preempted_s", "num_preemptions", "num_swaps", "num_chunks", "num_cached_tokens", "num_recomputed_tokens", "num_copied_blocks", "num_discarded_tokens", "num_output_tokens")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    AGE_S_FIELD_NUMBER: _ClassVar[int]
+    MOMENTS_FIELD_NUMBER: _ClassVar[int]
+    NUM_OMITTED_FIELD_NUMBER: _ClassVar[int]
+    WAITS_FIELD_NUMBER: _ClassVar[int]
+    PREEMPTED_S_FIELD_NUMBER: _ClassVar[int]
+    NUM_PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
+    NUM_SWAPS_FIELD_NUMBER: _ClassVar[int]
+    NUM_CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_RECOMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_COPIED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_DISCARDED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    state: str
+    age_s: float
+    moments: _containers.RepeatedCompositeFieldContainer[Moment]
+    num_omitted: int
+    waits: _containers.RepeatedCompositeFieldContainer[Wait]
+    preempted_s: float
+    num_preemptions: int
+    num_swaps: int
+    num_chunks: int
+    num_cached_tokens: int
+    num_recomputed_tokens: int
+    num_copied_blocks: int
+    num_discarded_tokens: int
+    num_output_tokens: int
+    def __init__(self, request_id: _Optional[str] = ..., state: _Optional[str] = ..., age_s: _Optional[float] = ..., moments: _Optional[_Iterable[_Union[Moment, _Mapping]]] = ..., num_omitted: _Optional[int] = ..., waits: _Optional[_Iterable[_Union[Wait, _Mapping]]] = ..., preempted_s: _Optional[float] = ..., num_preemptions: _Optional[int] = ..., num_swaps: _Optional[int] = ..., num_chunks: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., num_recomputed_tokens: _Optional[int] = ..., num_copied_blocks: _Optional[int] = ..., num_discarded_tokens: _Optional[int] = ..., num_output_tokens: _Optional[int] = ...) -> None: ...
+
+class Moment(_message.Message):
+    __slots__ = ("at_s", "step", "kind", "text")
+    AT_S_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    at_s: float
+    step: int
+    kind: str
+    text: str
+    def __init__(self, at_s: _Optional[float] = ..., step: _Optional[int] = ..., kind: _Optional[str] = ..., text: _Optional[str] = ...) -> None: ...
+
+class Wait(_message.Message):
+    __slots__ = ("reason", "seconds")
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    seconds: float
+    def __init__(self, reason: _Optional[str] = ..., seconds: _Optional[float] = ...) -> None: ...
+
 class ReservePrefixRequest(_message.Message):
     __slots__ = ("name", "text", "token_ids", "conversation", "cache_salt")
     NAME_FIELD_NUMBER: _ClassVar[int]

@@ -64,6 +64,11 @@ class GenerationStub:
                 request_serializer=quire_dot_protos_dot_generation__pb2.GetLoadRequest.SerializeToString,
                 response_deserializer=quire_dot_protos_dot_generation__pb2.Load.FromString,
                 _registered_method=True)
+        self.Explain = channel.unary_unary(
+                '/quire.v1.Generation/Explain',
+                request_serializer=quire_dot_protos_dot_generation__pb2.ExplainRequest.SerializeToString,
+                response_deserializer=quire_dot_protos_dot_generation__pb2.Explanation.FromString,
+                _registered_method=True)
         self.ReservePrefix = channel.unary_unary(
                 '/quire.v1.Generation/ReservePrefix',
                 request_serializer=quire_dot_protos_dot_generation__pb2.ReservePrefixRequest.SerializeToString,
@@ -126,6 +131,14 @@ class GenerationServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Explain(self, request, context):
+        """A request's life: what it waited for and how long, what was computed for it, who had it preempted and at what cost.
+        Kept for a while after its end. NOT_FOUND when there was none of this id, or it is forgotten.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ReservePrefix(self, request, context):
         """The operator's: prompt prefixes whose blocks are kept for every request that begins with them. Where the server was
         not started to take them, all three are PERMISSION_DENIED.
@@ -182,6 +195,11 @@ def add_GenerationServicer_to_server(servicer, server):
                     servicer.GetLoad,
                     request_deserializer=quire_dot_protos_dot_generation__pb2.GetLoadRequest.FromString,
                     response_serializer=quire_dot_protos_dot_generation__pb2.Load.SerializeToString,
+            ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=quire_dot_protos_dot_generation__pb2.ExplainRequest.FromString,
+                    response_serializer=quire_dot_protos_dot_generation__pb2.Explanation.SerializeToString,
             ),
             'ReservePrefix': grpc.unary_unary_rpc_method_handler(
                     servicer.ReservePrefix,
@@ -361,6 +379,33 @@ class Generation:
             '/quire.v1.Generation/GetLoad',
             quire_dot_protos_dot_generation__pb2.GetLoadRequest.SerializeToString,
             quire_dot_protos_dot_generation__pb2.Load.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quire.v1.Generation/Explain',
+            quire_dot_protos_dot_generation__pb2.ExplainRequest.SerializeToString,
+            quire_dot_protos_dot_generation__pb2.Explanation.FromString,
             options,
             channel_credentials,
             insecure,

@@ -126,11 +126,11 @@ class Orca(Scheduler):
     """The shipped scheduler over contiguous tables. Nobody is ever preempted: a request is let in when a run for all of
     it is free. One sequence per request."""
 
-    tables: ContiguousTables
-
     def __init__(self, config: SchedulerConfig, reserve: Reserve) -> None:
+        """Nothing is left free for those who run, who have all that they need, and nothing is found again."""
+        config = replace(config, watermark=0.0, enable_prefix_caching=False)
         tables = ContiguousTables(config.num_blocks, config.block_size, reserve, config.max_model_len)
-        super().__init__(replace(config, enable_prefix_caching=False), tables=tables)
+        super().__init__(config, tables=tables)
 
     def add(self, request: Request) -> None:
         if request.params.num_sequences > 1:

@@ -95,6 +95,8 @@ class Leaving:
         if is_missed:  # siblings cannot go on from what they waited for
             self.preempt(group, request.request_id, may_swap=False)
         state.requests.remove(sequence, is_complete)
+        if request.request_id not in state.requests:
+            state.note(request, events_of.Ended())
 
     def _leave_group(self, sequence: Sequence) -> None:
         state, group = self._state, sequence.group

@@ -165,7 +165,12 @@ class StepEvents:
     column."""
 
     def __len__(self) -> int:
+        """Tokens."""
         return len(self.token_ids)
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to tell."""
+        return bool(self.token_ids or self.answers)
 
     def select(self, positions: list[int]) -> StepEvents:
         """The events at these positions, which go upwards, and all answers."""

@@ -118,8 +118,9 @@ def _parsed(name: str, text: str, kind: type) -> object:
 
 class _Follower:
     def __init__(self, config: SchedulerConfig, watcher: Watcher, explain: bool) -> None:
-        self.replay = Replay(Scheduler(config))
-        self._scheduler = self.replay.scheduler
+        lives = Lives(num_ended=1 << 30, clock=lambda: self._at_s) if explain else None
+        self._scheduler = Scheduler(config, journal=lives)
+        self.replay = Replay(self._scheduler, lives=lives)
         self._watcher = watcher
         self._plans_then, self._plans_now = _PlanReader(), PlanWriter()
         self._under_way: deque[StepPlan] = deque()
@@ -129,8 +130,6 @@ class _Follower:
         """Of the last apply(), until the recording's own has been compared with it."""
         self._failure = ""
         """Of the last apply()."""
-        if explain:
-            self.replay.lives = self._scheduler.state.journal = Lives(num_ended=1 << 30, clock=lambda: self._at_s)
 
     def follow(self, record: Record) -> Difference | None:
         self._at_s = record.at_s

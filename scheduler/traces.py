@@ -14,6 +14,7 @@ import random
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 
@@ -106,15 +107,17 @@ def at_rate(jobs: Sequence[Job], rate: float) -> list[Job]:
     return [replace(job, arrival=job.arrival * factor) for job in jobs]
 
 
-def spread(jobs: Sequence[Job], every: float) -> list[Job]:
-    """Arrivals that are stamped in steps of `every` seconds, spread evenly over their step."""
+def spread(jobs: Sequence[Job]) -> list[Job]:
+    """Where several arrive at the same time, because the trace's clock was coarse: evenly until the next ones come."""
     groups: dict[float, list[Job]] = {}
     for job in jobs:
         groups.setdefault(job.arrival, []).append(job)
+    starts = list(groups)
+    gaps = [later - earlier for earlier, later in pairwise(starts)]
     return [
-        replace(job, arrival=start + every * position / len(group))
-        for start, group in groups.items()
-        for position, job in enumerate(group)
+        replace(job, arrival=start + gap * position / len(groups[start]))
+        for start, gap in zip(starts, [*gaps, *gaps[-1:]] or [0.0], strict=True)
+        for position, job in enumerate(groups[start])
     ]
 
 

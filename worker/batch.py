@@ -16,11 +16,20 @@ import torch
 from quire.kernels import dispatch
 from quire.kernels.attention import PagedRows, SharedPrefixes
 from quire.kernels.shared_prefix import FEWEST_ROWS, FEWEST_TOKENS, find_shared_prefixes
-from quire.kernels.step_inputs import LONGEST_SEGMENT, SEGMENT, StepTensors, derive_inputs, write_rows
+from quire.kernels.step_inputs import (
+    COPY,
+    LONGEST_SEGMENT,
+    SEGMENT,
+    StepTensors,
+    copy_rows,
+    derive_inputs,
+    write_rows,
+)
 
 if TYPE_CHECKING:  # the decoder needs the batch and not the table
-    from quire.worker.table import RowTable, Work, Write
+    from quire.worker.table import RowTable
     from quire.worker.transfer import Transfer
+    from quire.worker.work import Changes, Work, Write
 
 Words = TypeVar("Words", np.ndarray, torch.Tensor)
 
@@ -76,8 +85,9 @@ class StepInputs:
         size, device = table.size, table.device
         rows, tokens = size.num_rows, max(size.num_rows, size.max_num_batched_tokens)
         self._table, self._transfer = table, transfer
-        # The line of results, rows, starts, query_starts, sampling; then room.
-        self._starts = np.cumsum([0, *map(_aligned, (1, rows, rows, rows + 1, rows))]).tolist()
+        # The line of results, rows, starts, query_starts, sampling and its rows; then room.
+        self._lengths = (1, rows, rows, rows + 1, rows, rows)
+        self._starts = np.cumsum([0, *map(_aligned, self._lengths)]).tolist()
         self._device = torch.zeros(self._starts[-1] + ROOM, dtype=torch.int32, device=device)
         self._staging = [transfer.staging(self._device) for _ in range(transfer.num_lines)]
         self._index = np.arange(rows + 1, dtype=np.int32)
@@ -87,13 +97,14 @@ class StepInputs:
         def derived(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        report, rows_, starts, query_starts, sampling = self._sections(self._device)
+        report, rows_, starts, query_starts, sampling, sampling_rows = self._sections(self._device)
         self.step = StepTensors(
             report=report,
             rows=rows_,
             starts=starts,
             query_starts=query_starts,
             sampling=sampling,
+            sampling_rows=sampling_rows,
             token_ids=derived(tokens),
             positions=derived(tokens),
             slots=derived(tokens),
@@ -106,7 +117,7 @@ class StepInputs:
     def load(self, line: int, work: Work, padded: int = 0) -> Parcel:
         """Takes the step along, its rows padded to at least `padded`; more may be placed beside it."""
         parcel = Parcel(self._staging[line], self._device, self._starts[-1])
-        report, rows, starts, query_starts, sampling = self._sections(parcel.words)
+        report, rows, starts, query_starts, sampling, sampling_rows = self._sections(parcel.words)
         num_rows = len(work.rows)
         report[0] = line
         rows[:num_rows] = work.rows
@@ -119,14 +130,21 @@ class StepInputs:
         query_starts[0] = 0
         np.cumsum(work.num_tokens, out=query_starts[1 : num_rows + 1])
         sampling[: len(work.sampling)] = work.sampling
+        sampling_rows[: len(work.sampling)] = work.sampling_rows
         return parcel
 
-    def send(self, parcel: Parcel, writes: list[Write]) -> None:
-        """What the plan brought for the rows goes along, and is written into them."""
-        placed = [parcel.place(part) for part in _segments(writes)] if writes else []
+    def send(self, parcel: Parcel, changes: Changes) -> None:
+        """What the plan brought for the rows goes along, and is done to them."""
+        tables = self._table.tensors
+        forks, branches = (parcel.place(each) if len(each) else None for each in (changes.forks, changes.branches))
+        writes = [parcel.place(part) for part in _segments(changes.writes)] if changes.writes else []
         self._transfer.send(parcel.staging, parcel.device, parcel.used)
-        if placed:
-            write_rows(self._table.tensors, placed[0].view(-1, SEGMENT), placed[1])
+        if forks is not None:
+            copy_rows(tables, forks.view(-1, COPY))
+        if writes:
+            write_rows(tables, writes[0].view(-1, SEGMENT), writes[1])
+        if branches is not None:
+            copy_rows(tables, branches.view(-1, COPY))
 
     def batch(self, parcel: Parcel, work: Work, deterministic: bool, shared: SharedPrefixes | None) -> Batch:
         """The tensors of the step that was sent."""
@@ -181,12 +199,9 @@ class StepInputs:
         self.step.starts[:num_rows] = 0
         self.step.report.zero_()
 
-    def _sections(self, words: Words) -> tuple[Words, Words, Words, Words, Words]:
-        """The line of results, rows, starts, query_starts and sampling."""
-        rows, at = self._table.size.num_rows, self._starts
-        lengths = (1, rows, rows, rows + 1, rows)
-        report, rows_, starts, query_starts, sampling = (words[i : i + n] for i, n in zip(at, lengths, strict=False))
-        return report, rows_, starts, query_starts, sampling
+    def _sections(self, words: Words) -> tuple[Words, ...]:
+        """The line of results, rows, starts, query_starts, sampling and its rows."""
+        return tuple(words[i : i + n] for i, n in zip(self._starts, self._lengths, strict=False))
 
 
 def find_shared(table: RowTable, work: Work) -> SharedPrefixes | None:

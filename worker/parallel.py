@@ -96,6 +96,14 @@ class TensorParallel:
             dist.broadcast(x, src=0, group=self.group)
         return x
 
+    def least(self, number: int, device: torch.device) -> int:
+        """The least of the ranks' numbers."""
+        if self.size == 1:
+            return number
+        least = torch.tensor([number], device=device)
+        dist.all_reduce(least, op=dist.ReduceOp.MIN, group=self.group)
+        return int(least.item())
+
     def close(self) -> None:
         if self.group is not None:
             dist.destroy_process_group(self.group)

@@ -19,14 +19,18 @@ import torch
 from quire.protos import worker_pb2
 from quire.worker import pages
 from quire.worker.config import WorkerConfig
+from quire.worker.counts import TableSize
 from quire.worker.graphs import BYTES_PER_GRAPH, padded_sizes, recorder_for
 from quire.worker.host import usable_cores
-from quire.worker.memory import count_blocks
+from quire.worker.memory import count_blocks, count_swap_blocks
 from quire.worker.models.spec import ModelSpec
+from quire.worker.moves import BlockMover
 from quire.worker.parallel import TensorParallel
 from quire.worker.pool import BlockShape, KVPool
+from quire.worker.speed import Speeds, measure_link, measure_prefill
 from quire.worker.step import Launched, Model, Stepper
-from quire.worker.table import RowTable, TableSize
+from quire.worker.swap import NoSwap, swap_for
+from quire.worker.table import RowTable
 from quire.worker.transfer import transfer_for
 from quire.worker.weights import load_model
 
@@ -118,15 +122,22 @@ class Runner:
         return count_blocks(self.config, self._block_shape.num_bytes, self._worst_step, self._graph_bytes)
 
     def allocate(self, num_blocks: int) -> None:
+        """The pool, and the swap space, of which every rank has as many slots."""
         self.pool = KVPool(self._block_shape, num_blocks, self._device)
         self.table = RowTable(self._table_size(num_blocks), self._device)
-        self._stepper = self._stepper_over(self.table, self.pool)
+        num_slots = 0
+        if self.config.swap_space_bytes:
+            num_slots = count_swap_blocks(self.config, self._block_shape.num_bytes, num_blocks)
+            num_slots = self.tp.least(num_slots, self._device)
+        self._mover = BlockMover(self.pool.tensor, swap_for(self.pool.tensor, num_slots))
+        self._speeds = Speeds()
+        self._stepper = self._stepper_over(self.table, self.pool, self._mover)
         self._lines = deque(range(self._stepper.num_lines))
         self._launched: deque[Pending] = deque()
 
     def warm_up(self) -> None:
-        """Computes prompts, then single tokens, of made-up sequences in a table and a pool of their own, and records
-        decode steps where they are replayed."""
+        """Computes prompts, then single tokens, of made-up sequences in a table and a pool of their own, records decode
+        steps where they are replayed, and measures what preemption is decided by, where there is a choice."""
         config = self.config
         longest = min(2 * config.block_size + 1, config.max_model_len - 1, config.max_num_batched_tokens)
         is_room = longest < config.max_num_batched_tokens and config.max_num_seqs > 1
@@ -142,6 +153,8 @@ class Runner:
         recorder = recorder_for(config)
         if recorder is not None:
             self._stepper.record(recorder, self._graph_sizes)
+        if self._mover.swap.num_slots:
+            self._speeds = self._measure_speeds()
 
     def launch(self, plan: worker_pb2.StepPlan) -> Pending:
         """Issues a step; on a CPU, computes it. Raises PlanError, before anything has changed, for a plan that does
@@ -167,6 +180,7 @@ class Runner:
     def reset(self) -> None:
         """Empties all rows: what a new controller starts from."""
         self.table.clear()
+        self._mover.clear()
 
     def _take_line(self) -> int:
         """Of the steps under way the oldest gives up its line when all are taken, whether or not somebody waits for
@@ -188,6 +202,9 @@ class Runner:
             block_size=self.config.block_size,
             bytes_per_block=self._block_shape.num_bytes,
             weight_bytes=self.decoder.weight_bytes,
+            num_swap_blocks=self._mover.swap.num_slots,
+            link_bytes_per_s=self._speeds.link_bytes_per_s,
+            prefill_tokens_per_s=self._speeds.prefill_tokens_per_s,
         )
 
     def _table_size(self, num_blocks: int) -> TableSize:
@@ -224,10 +241,12 @@ class Runner:
 
     def _scratch_stepper(self) -> Stepper:
         table = RowTable(self._table_size(SCRATCH_BLOCKS), self._device)
-        return self._stepper_over(table, KVPool(self._block_shape, SCRATCH_BLOCKS, self._device))
+        pool = KVPool(self._block_shape, SCRATCH_BLOCKS, self._device)
+        return self._stepper_over(table, pool, BlockMover(pool.tensor, NoSwap()))
 
-    def _stepper_over(self, table: RowTable, pool: KVPool) -> Stepper:
-        return Stepper(table, pool, self.decoder, self.tp, transfer_for(self._device), self.config.deterministic)
+    def _stepper_over(self, table: RowTable, pool: KVPool, mover: BlockMover) -> Stepper:
+        transfer = transfer_for(self._device)
+        return Stepper(table, pool, mover, self.decoder, self.tp, transfer, self.config.deterministic)
 
     def _worst_step(self) -> None:
         """The steps that need the most memory, every row sampling in the costliest way: as many rows and tokens as a
@@ -241,9 +260,25 @@ class Runner:
         lengths = [max(1, longest // (1 + i)) for i in range(rows)]
         self._rehearse([(length, length - 1) for length in lengths], COSTLIEST, num_decodes=0)
 
-    def _rehearse(self, sequences: Sequence[tuple[int, int]], sampling: worker_pb2.Sampling, num_decodes: int) -> None:
+    def _measure_speeds(self) -> Speeds:
+        config, stepper = self.config, self._scratch_stepper()
+
+        def compute(num_tokens: int) -> None:
+            self._rehearse([(num_tokens, 0)], GREEDY, num_decodes=0, stepper=stepper)
+
+        most = min(config.max_num_batched_tokens, config.max_model_len)
+        return Speeds(measure_link(self._mover, self.pool), measure_prefill(compute, most, self.tp, self._device))
+
+    def _rehearse(
+        self,
+        sequences: Sequence[tuple[int, int]],
+        sampling: worker_pb2.Sampling,
+        num_decodes: int,
+        stepper: Stepper | None = None,
+    ) -> None:
         """Prompts, given by length and how much of it counts as computed, in one step; then steps of one token each."""
-        stepper = self._scratch_stepper()
+        stepper = stepper or self._scratch_stepper()
+        stepper.table.clear()
         admits = []
         for row, (length, num_computed) in enumerate(sequences):
             num_blocks = -(-(length + num_decodes) // self.config.block_size)

@@ -65,16 +65,17 @@ class RowSettings:
         stops = np.frombuffer(message.stop_token_ids, "<i4").astype(np.int64)
         biased = np.frombuffer(message.bias_token_ids, "<i4").astype(np.int64)
         bias = np.frombuffer(message.bias_values, "<f4").astype(np.float32)
-        _check_numbers(message, vocab_size)
+        _check_numbers(message)
         for name, ids in (("stop_token_ids", stops), ("bias_token_ids", biased)):
             if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
                 raise ValueError(f"{name} holds an id outside the vocabulary of {vocab_size}")
         if len(biased) != len(bias) or not np.isfinite(bias).all():
             raise ValueError(f"{len(biased)} bias_token_ids need as many finite bias_values; there are {len(bias)}")
-        return cls(_values(message, bool(stops.size), bool(biased.size)), stops, biased, bias)
+        most = min(message.logprobs, vocab_size)  # a small vocabulary has no more to tell
+        return cls((*_values(message, bool(stops.size), bool(biased.size)), most), stops, biased, bias)
 
 
-def _check_numbers(message: worker_pb2.Sampling, vocab_size: int) -> None:
+def _check_numbers(message: worker_pb2.Sampling) -> None:
     # What a request may ask for has been checked, as float32: a refusal here means that the two disagree. Written so
     # that NaN fails.
     valid = {
@@ -86,7 +87,7 @@ def _check_numbers(message: worker_pb2.Sampling, vocab_size: int) -> None:
         "presence_penalty": -np.inf < message.presence_penalty < np.inf,
         "frequency_penalty": -np.inf < message.frequency_penalty < np.inf,
         "min_tokens": message.min_tokens >= 0,
-        "logprobs": 0 <= message.logprobs <= vocab_size,
+        "logprobs": message.logprobs >= 0,
     }
     for name, fine in valid.items():
         if not fine:
@@ -103,7 +104,7 @@ def _values(message: worker_pb2.Sampling, has_stops: bool, has_bias: bool) -> tu
         | message.HasField("logprobs") * SCORED
     )
     cuts = (message.top_k, message.top_p, message.min_p)
-    return needs, message.temperature, *cuts, *penalties, message.seed, message.min_tokens, message.logprobs
+    return needs, message.temperature, *cuts, *penalties, message.seed, message.min_tokens
 
 
 Place = Callable[[np.ndarray], torch.Tensor]
@@ -163,6 +164,13 @@ class Sampler:
         self._settings[row] = settings.values
         if settings.values[0] & (BIASED | HELD):  # type: ignore[operator]
             self._lists[row] = settings
+
+    def fork(self, parent: int, child: int, seed: int) -> None:
+        """An empty row samples as another does, by a seed of its own."""
+        self._settings[child] = self._settings[parent]
+        self._settings["seed"][child] = seed
+        if parent in self._lists:
+            self._lists[child] = self._lists[parent]
 
     def retire(self, rows: Iterable[int]) -> None:
         for row in rows:

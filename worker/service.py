@@ -22,11 +22,11 @@ from grpc_reflection.v1alpha import reflection
 
 from quire.protos import worker_pb2, worker_pb2_grpc
 from quire.protos.channel import WORKER_SERVER_OPTIONS
+from quire.worker.checks import PlanError
 from quire.worker.config import WorkerConfig
 from quire.worker.loop import StepThread
 from quire.worker.parallel import TensorParallel
 from quire.worker.runner import Loader, Pending, Progress, Runner, load_decoder
-from quire.worker.table import PlanError
 
 SERVICE = worker_pb2.DESCRIPTOR.services_by_name["Worker"].full_name
 THREADS = 16

@@ -10,13 +10,15 @@ import torch
 from quire.kernels import dispatch
 from quire.kernels.step_inputs import store_tokens
 from quire.protos import worker_pb2
-from quire.worker.batch import Batch, StepInputs, find_shared
+from quire.worker.batch import Batch, Parcel, StepInputs, find_shared
 from quire.worker.graphs import DecodeGraphs, Recorder, is_worth_launching
+from quire.worker.moves import BlockMover, Moves
 from quire.worker.parallel import TensorParallel
 from quire.worker.pool import KVPool
 from quire.worker.sampler import Draw, Scores
-from quire.worker.table import RowTable, Work
+from quire.worker.table import RowTable
 from quire.worker.transfer import Arrival, Transfer
+from quire.worker.work import Work
 
 NOTHING = Draw(None)
 
@@ -61,12 +63,13 @@ class Stepper:
         self,
         table: RowTable,
         pool: KVPool,
+        mover: BlockMover,
         model: Model,
         tp: TensorParallel,
         transfer: Transfer,
         deterministic: bool,
     ) -> None:
-        self.table, self.pool = table, pool
+        self.table, self.pool, self.mover = table, pool, mover
         self._model, self._tp, self._transfer = model, tp, transfer
         self._deterministic = deterministic
         self.num_lines = transfer.num_lines
@@ -87,11 +90,13 @@ class Stepper:
         """Raises PlanError, before anything has changed, for a plan that does not fit the rows. `line` may not be that
         of a step whose results have not arrived."""
         table = self.table
+        moves = self.mover.check(plan)
         work = table.apply(plan)
         self._transfer.begin()
         if not work.rows.size:
-            if work.writes:
-                self._inputs.send(self._inputs.load(line, work), work.writes)
+            if work.changes or moves:
+                parcel = self._inputs.load(line, work)
+                self._prepare(parcel, work, moves)
             return Launched(self._transfer.fetch([]), None)
         shared = None
         if not self._deterministic and dispatch.on_gpu(table.token_ids):
@@ -103,9 +108,13 @@ class Stepper:
         draw = NOTHING
         if self._tp.rank == 0 and not is_greedy:
             draw = table.sampler.prepare(
-                work.sampling_rows, table.num_prompt, table.num_known, parcel.place, table.token_ids
+                work.sampling_rows,
+                table.counts.num_prompt,
+                table.counts.num_known,
+                parcel.place,
+                table.token_ids,
             )
-        self._inputs.send(parcel, work.writes)
+        self._prepare(parcel, work, moves)
         if padded and self._graphs is not None:
             hidden = self._graphs.forward(padded)[: len(work.rows)]
         else:
@@ -118,6 +127,13 @@ class Stepper:
             scores = self._sample(work, draw, hidden)
         table.advance(work)
         return Launched(self._fetch(line, work, scores), scores)
+
+    def _prepare(self, parcel: Parcel, work: Work, moves: Moves) -> None:
+        """Everything that happens before the step computes."""
+        loaded = self.mover.load(moves, parcel.place) if moves else None
+        self._inputs.send(parcel, work.changes)
+        if loaded is not None:
+            self.mover.run(loaded)
 
     def _padded(self, work: Work, launched: bool) -> int:
         """Rows of the recording that this step replays; 0: it is launched."""
@@ -136,12 +152,11 @@ class Stepper:
         return self._model.forward(batch, self.pool.tensor)
 
     def _finish_greedy(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self._store(self._choose(NOTHING, hidden)[0], None)
+        return self._store(self._choose(NOTHING, hidden)[0], are_some=False)
 
     def _sample(self, work: Work, draw: Draw, hidden: torch.Tensor) -> Scores | None:
         tokens, scores = self._choose(draw, hidden)
-        count = len(work.sampling_rows)
-        self._store(tokens, None if work.is_decode else self._inputs.step.sampling[:count])
+        self._store(tokens, are_some=not work.is_decode)
         return scores
 
     def _choose(self, draw: Draw, hidden: torch.Tensor) -> tuple[torch.Tensor, Scores | None]:
@@ -152,8 +167,8 @@ class Stepper:
             tokens, scores = self.table.sampler.sample(draw, logits, self.table.token_ids)
         return self._tp.broadcast(tokens), scores
 
-    def _store(self, tokens: torch.Tensor, sampling: torch.Tensor | None) -> torch.Tensor:
-        store_tokens(self.table.tensors, self._inputs.step, tokens, sampling)
+    def _store(self, tokens: torch.Tensor, are_some: bool) -> torch.Tensor:
+        store_tokens(self.table.tensors, self._inputs.step, tokens, are_some)
         return tokens
 
     def _fetch(self, line: int, work: Work, scores: Scores | None) -> Arrival:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -47,10 +47,10 @@ def paged_attention(
 ) -> torch.Tensor:  # [T, Hq, D]
     options = Options(scale, window, slopes, kv_scales)
     tables, starts, seq_lens = rows.block_tables, rows.query_starts, rows.seq_lens
+    if _only_single(rows):
+        return _decode(q, kv_layer, tables, seq_lens, options, rows.deterministic, rows.derived)
     lengths = np.diff(starts)
     decode = np.flatnonzero(lengths == 1)
-    if len(decode) == len(q):
-        return _decode(q, kv_layer, tables, seq_lens, options, rows.deterministic)
     if rows.deterministic:
         # Each token as a row of its own: what it computes is then what it would compute as a single new token.
         owner = np.repeat(np.arange(len(lengths)), lengths)
@@ -80,6 +80,14 @@ def paged_attention(
         tokens = slice(int(starts[row]), int(starts[row + 1]))
         out[tokens] = _prefill(q[tokens], kv_layer, tables[row], int(seq_lens[row]), options)
     return out
+
+
+def _only_single(rows: PagedRows) -> bool:
+    """Whether each row brings one token; found out once a step."""
+    known: bool | None = rows.derived.get(_only_single)
+    if known is None:
+        known = rows.derived[_only_single] = bool((np.diff(rows.query_starts) == 1).all())
+    return known
 
 
 def _slices(total: int, size: int) -> Iterator[slice]:
@@ -153,9 +161,11 @@ def _decode(
     seq_lens: np.ndarray,  # [B]
     options: Options,
     deterministic: bool,
+    derived: dict[Hashable, Any] | None = None,  # of all rows of a step
 ) -> torch.Tensor:  # [B, Hq, D]
     if (compiled := _compiled(q, options)) is not None:
-        return compiled.decode(q, kv_layer, block_tables, seq_lens, options.scale, options.window, options.kv_scales)
+        scale, window, _, kv_scales = options
+        return compiled.decode(q, kv_layer, block_tables, seq_lens, scale, window, kv_scales, derived)
     if not deterministic:
         return decode_gathered(q, kv_layer, block_tables, seq_lens, options)
     # Shapes and the number of threads decide how torch sums: a row alone has the same shapes in every batch.

@@ -1,9 +1,12 @@
 """Paged attention of single queries on a CPU: a compiled loop that reads each block once, with an online softmax.
 
 A row's context is cut at fixed positions into splits of SPLIT tokens; (split, head) pairs are shared out among the
-threads, and the splits of a row merged afterwards. The cuts depend on nothing but the position, so a row's result
-depends neither on the batch nor on the number of threads. Compiled at the first use of a head size and element type,
-and cached on disk where possible.
+threads, and the splits of a row, where it has several, merged afterwards. The cuts depend on nothing but the position,
+so a row's result depends neither on the batch nor on the number of threads. Compiled at the first use of a head size
+and element type, and cached on disk where possible.
+
+The memory that it reads is what bounds it. So the next tile is asked for while one is computed, across the ends of
+blocks and of rows.
 """
 
 # mypy: disable-error-code="call-arg, attr-defined, unreachable, import-untyped"
@@ -13,6 +16,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Hashable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +26,7 @@ from numba import carray, njit
 from quire.kernels.cpu import threads
 from quire.kernels.cpu.threads import pointer, thread
 from quire.kernels.cpu.threads import threads as num_threads
-from quire.kernels.cpu.tile import MAX_TILE, TOTALS, attend_tile, clear, finish_head, state_size, total_weight
+from quire.kernels.cpu.tile import MAX_TILE, TOTALS, attend_tile, clear, dots, finish_head, state_size, total_weight
 from quire.kernels.cpu.vector import BYTES, KINDS, LOG2E, WIDENED
 
 SPLIT = 256
@@ -34,23 +39,21 @@ def _merge(states, first, count, size):  # type: ignore[no-untyped-def]
     """One head's states [n, size + ...] of a row's splits into the first of them; returns the sum of all weights."""
     top = np.float32(-np.inf)
     for s in range(first, first + count):
-        top = max(top, states[s, size + TOTALS])
+        top = max(top, states[s, size + 2 * TOTALS])
     everything = np.float32(0)
     for s in range(first, first + count):
-        weight = np.float32(1)
-        if count > 1:
-            weight = np.float32(2) ** (states[s, size + TOTALS] - top)
-        everything += total_weight(states[s], size) * weight
-        if count > 1:
-            for d in range(size):
-                value = states[s, d] * weight
-                states[first, d] = value if s == first else states[first, d] + value
+        weight = np.float32(2) ** (states[s, size + 2 * TOTALS] - top)
+        everything += total_weight(states[s].ctypes.data, size) * weight
+        for d in range(size):
+            value = states[s, d] * weight
+            states[first, d] = value if s == first else states[first, d] + value
     return everything
 
 
 @functools.cache
-def _attend_region(size: int, tile: int, q_kind: int, kv_kind: int) -> int:
-    """Every split's and head's state. Cached on disk by what the body closes over: numbers alone."""
+def _attend_region(size: int, tile: int, q_kind: int, kv_kind: int, dot: int) -> int:
+    """Results of rows of one split; of the others, every split's and head's state. Cached on disk by what the body
+    closes over: numbers alone."""
     version, floats, q_bytes = threads.version(), state_size(size), BYTES[q_kind]
 
     def attend(address):  # type: ignore[no-untyped-def]
@@ -63,7 +66,10 @@ def _attend_region(size: int, tile: int, q_kind: int, kv_kind: int) -> int:
         tables = carray(pointer(a[11]), (num_rows * a[12],), np.int32)
         lengths = carray(pointer(a[13]), (num_rows,), np.int32)
         scales = carray(pointer(a[14]), (heads,), np.float32)
-        states = carray(pointer(a[15]), (a[16] * heads, floats), np.float32)
+        factors = carray(pointer(a[18]), (heads,), np.float32)
+        # The states of a row of one split are this thread's alone, and stay in its first-level cache.
+        storage = np.empty((heads + 1) * floats, np.float32)
+        own = (storage.ctypes.data + 63) // 64 * 64
         group = heads // kv_heads
         everything = np.int64(0)
         for row in range(num_rows):
@@ -75,6 +81,7 @@ def _attend_region(size: int, tile: int, q_kind: int, kv_kind: int) -> int:
         for row in range(num_rows):
             length = np.int64(lengths[row])
             first = max(np.int64(0), length - window)
+            single = first // SPLIT == (length - 1) // SPLIT
             while first < length:
                 last = min(length, (first // SPLIT + 1) * SPLIT)
                 cost = last - first
@@ -83,8 +90,9 @@ def _attend_region(size: int, tile: int, q_kind: int, kv_kind: int) -> int:
                 end = min(max((high - before + cost - 1) // cost, np.int64(0)), kv_heads)
                 before += cost * kv_heads
                 if begin < end:
+                    states = own if single else a[15] + split * heads * floats * 4
                     for head in range(begin * group, end * group):
-                        clear(states[split * heads + head], size)
+                        clear(states + head * floats * 4, size)
                     position = first
                     while position < last:
                         inside = position % block_size
@@ -92,31 +100,44 @@ def _attend_region(size: int, tile: int, q_kind: int, kv_kind: int) -> int:
                         stop = min(np.int64(tile), start + last - position)
                         block = np.int64(tables[row * a[12] + position // block_size])
                         at = pool + block * of_block + (inside - start) * of_token
+                        # Where this thread reads next: here, or where the next row begins, or nowhere else.
                         after = position + stop - start
                         following = at
-                        if after < last:
-                            block = np.int64(tables[row * a[12] + after // block_size])
-                            following = pool + block * of_block + (after % block_size) * of_token
+                        if after < last or before < high:
+                            ahead, there = row, after
+                            if there >= length:
+                                ahead = row + 1
+                                there = max(np.int64(0), np.int64(lengths[ahead]) - window)
+                            block = np.int64(tables[ahead * a[12] + there // block_size])
+                            following = pool + block * of_block + there % block_size // tile * tile * of_token
                         for kv_head in range(begin, end):
                             key = at + kv_head * of_head
                             for head in range(kv_head * group, (kv_head + 1) * group):
                                 attend_tile(
-                                    size, tile, q_kind, kv_kind,
+                                    size, tile, q_kind, kv_kind, dot,
                                     q + (row * heads + head) * size * q_bytes, scales[head],
                                     key, key + of_half, of_token, np.int32(start), np.int32(stop),
-                                    following + kv_head * of_head,
-                                    a[15] + (split * heads + head) * floats * 4,
+                                    following + kv_head * of_head, a[19], states + head * floats * 4,
                                 )  # fmt: skip
                         position = after
+                    if single:
+                        for head in range(begin * group, end * group):
+                            state = states + head * floats * 4
+                            finish_head(
+                                size, q_kind, kv_kind, dot, state, factors[head] / total_weight(state, size),
+                                a[17] + (row * heads + head) * size * q_bytes,
+                            )  # fmt: skip
                 first = last
-                split += 1
+                if not single:
+                    split += 1
+        storage[0] = 0  # numba frees an array after its last use
 
     return threads.region(attend)
 
 
 @functools.cache
-def _finish_region(size: int, q_kind: int, kv_kind: int) -> int:
-    """From the states to the rows' results."""
+def _finish_region(size: int, q_kind: int, kv_kind: int, dot: int) -> int:
+    """From the states to the results of rows of several splits."""
     version, floats, q_bytes = threads.version(), state_size(size), BYTES[q_kind]
 
     def finish(address):  # type: ignore[no-untyped-def]
@@ -132,16 +153,30 @@ def _finish_region(size: int, q_kind: int, kv_kind: int) -> int:
             length = np.int64(lengths[row])
             first = max(np.int64(0), length - window)
             count = (length - 1) // SPLIT - first // SPLIT + 1
-            if row % num_threads() == thread():
+            if count == 1:
+                continue
+            if row * num_threads() // num_rows == thread():
                 for head in range(heads):
                     total = _merge(flat[:, head], split, count, size)
                     finish_head(
-                        size, q_kind, kv_kind, a[15] + (split * heads + head) * floats * 4,
+                        size, q_kind, kv_kind, dot, a[15] + (split * heads + head) * floats * 4,
                         factors[head] / total, out + (row * heads + head) * size * q_bytes,
                     )  # fmt: skip
             split += count
 
     return threads.region(finish)
+
+
+class _Call(NamedTuple):
+    """What is alike in all layers of a step."""
+
+    arguments: Any
+    attend: int
+    finish: int
+    """0: no row has several splits."""
+    finish_threads: int | None
+    kept: tuple[Any, ...]
+    """What the arguments point at."""
 
 
 def decode(
@@ -152,36 +187,66 @@ def decode(
     scale: float,
     window: int | None,
     kv_scales: torch.Tensor | None = None,  # [2, Hkv]
+    derived: dict[Hashable, Any] | None = None,  # of the same rows: kept here for the layers that follow
 ) -> torch.Tensor:  # [B, Hq, D]
+    q = q.contiguous()
+    layout = (kv_layer.shape, kv_layer.stride(), kv_layer.dtype)
+    key = (q.shape, q.dtype, layout, scale, window, kv_scales is None)
+    call = None if derived is None else derived.get(key)
+    if call is None:
+        call = _prepare(q, kv_layer, block_tables, seq_lens, scale, window)
+        if derived is not None:
+            derived[key] = call
+    out = torch.empty_like(q)
+    arguments = call.arguments
+    arguments[9], arguments[10], arguments[17] = q.data_ptr(), kv_layer.data_ptr(), out.data_ptr()
+    if kv_scales is not None:
+        heads = q.shape[1]
+        factors = head_factors(heads, scale * LOG2E, WIDENED.get(KINDS[kv_layer.dtype], 1.0), kv_scales)
+        arguments[14], arguments[18] = factors.ctypes.data, factors.ctypes.data + 4 * heads
+    threads.run(call.attend, arguments)
+    if call.finish:
+        threads.run(call.finish, arguments, call.finish_threads)
+    return out
+
+
+def _prepare(
+    q: torch.Tensor,
+    kv_layer: torch.Tensor,
+    block_tables: torch.Tensor,
+    seq_lens: np.ndarray,
+    scale: float,
+    window: int | None,
+) -> _Call:
     assert kv_layer.stride(-1) == 1
     assert block_tables.dtype == torch.int32 and block_tables.stride(1) == 1
     num_rows, heads, size = q.shape
     block_size, kv_heads = kv_layer.shape[2:4]
-    q = q.contiguous()
     lengths = np.ascontiguousarray(seq_lens, np.int32)
-    if window is None:
-        visible = int(lengths.max())
-        num_splits = int(((lengths - 1) // SPLIT).sum()) + num_rows
-    else:
-        visible = window
-        num_splits = int(((lengths - 1) // SPLIT - np.maximum(lengths - window, 0) // SPLIT + 1).sum())
+    visible = int(lengths.max()) if window is None else window
+    counts = (lengths - 1) // SPLIT - np.maximum(lengths - visible, 0) // SPLIT + 1
+    num_splits = int(counts[counts > 1].sum())
     q_kind, kv_kind = KINDS[q.dtype], KINDS[kv_layer.dtype]
-    factors = head_factors(heads, scale * LOG2E, WIDENED.get(kv_kind, 1.0), kv_scales)
-    out = torch.empty_like(q)
+    factors = head_factors(heads, scale * LOG2E, WIDENED.get(kv_kind, 1.0), None)
     states = torch.empty((num_splits, heads, state_size(size)))
     element, of_scores = BYTES[kv_kind], factors.ctypes.data
-    arguments = np.array(
-        [
-            num_rows, heads, kv_heads, block_size, visible,
-            *(stride * element for stride in kv_layer.stride()[:4]),
-            q.data_ptr(), kv_layer.data_ptr(), block_tables.data_ptr(), block_tables.stride(0), lengths.ctypes.data,
-            of_scores, states.data_ptr(), num_splits, out.data_ptr(), of_scores + 4 * heads, 0,
-        ],
-        np.int64,
+    arguments = threads.pack(
+        num_rows, heads, kv_heads, block_size, visible,
+        *(stride * element for stride in kv_layer.stride()[:4]),
+        0, 0, block_tables.data_ptr(), block_tables.stride(0), lengths.ctypes.data,
+        of_scores, states.data_ptr(), num_splits, 0, of_scores + 4 * heads, 0,
     )  # fmt: skip
-    threads.run(_attend_region(size, math.gcd(block_size, MAX_TILE), q_kind, kv_kind), arguments)
-    threads.run(_finish_region(size, q_kind, kv_kind), arguments, 1 if num_splits * heads < FEW_HEADS else None)
-    return out
+    tile = math.gcd(block_size, MAX_TILE)
+    dot = dots(size, tile, q_kind, kv_kind)
+    # Both now: whoever waits for a compilation waits at the start.
+    attend, finish = _attend_region(size, tile, q_kind, kv_kind, dot), _finish_region(size, q_kind, kv_kind, dot)
+    return _Call(
+        arguments,
+        attend,
+        finish if num_splits else 0,
+        1 if num_splits * heads < FEW_HEADS else None,
+        (lengths, states, factors, block_tables),
+    )
 
 
 def head_factors(heads: int, scale: float, widened: float, kv_scales: torch.Tensor | None) -> np.ndarray:

@@ -157,7 +157,7 @@ def _norm_region(dtype: torch.dtype) -> int:
         if version == 0:
             return
         rows, heads, size = a[0], a[1], a[2]
-        eps = carray(pointer(a[9]), (1,), np.float32)[0]
+        eps = carray(pointer(address + 9 * 8), (1,), np.float32)[0]
         weight = carray(pointer(a[8]), (size,), element)
         for row in range(rows * thread() // num_threads(), rows * (thread() + 1) // num_threads()):
             for head in range(heads):
@@ -202,7 +202,7 @@ def _rotate_region(dtype: torch.dtype) -> int:
             return
         tokens, heads, kv_heads, size, half, item = a[0], a[1], a[2], a[3], a[4], a[5]
         of_token, of_head, block_size = a[7], a[8], a[9]
-        eps = carray(pointer(a[20]), (1,), np.float32)[0]
+        eps = carray(pointer(address + 20 * 8), (1,), np.float32)[0]
         slots = carray(pointer(a[15]), (tokens,), np.int64)
         positions = carray(pointer(a[16]), (tokens,), np.int64)
         scratch = np.empty(size, element)
@@ -235,8 +235,8 @@ def _rotate_region(dtype: torch.dtype) -> int:
     return threads.region(body)
 
 
-def _run(region: int, arguments: list[int], num_elements: int) -> None:
-    threads.run(region, np.array(arguments, np.int64), 1 if num_elements < PARALLEL_ELEMENTS else None)
+def _run(region: int, num_elements: int, *arguments: int) -> None:
+    threads.run(region, threads.pack(*arguments), 1 if num_elements < PARALLEL_ELEMENTS else None)
 
 
 # -- what the doors call
@@ -249,15 +249,11 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         x = x.reshape(-1, x.shape[-1])
     heads = x.shape[1] if x.dim() == 3 else 1
     size, item = x.shape[-1], x.element_size()
-    epsilon = np.array([eps], np.float32)
     of_head = x.stride(1) * item if x.dim() == 3 else 0
     _run(
-        _norm_region(x.dtype),
-        [
-            x.shape[0], heads, size, x.data_ptr(), x.stride(0) * item, of_head, out.data_ptr(), size * item,
-            weight.data_ptr(), epsilon.ctypes.data, 0, 0,
-        ],
-        x.numel(),
+        _norm_region(x.dtype), x.numel(),
+        x.shape[0], heads, size, x.data_ptr(), x.stride(0) * item, of_head, out.data_ptr(), size * item,
+        weight.data_ptr(), threads.float_bits(eps), 0, 0,
     )  # fmt: skip
     return out
 
@@ -268,15 +264,12 @@ def add_rms_norm(
     """[..., H] each; see kernels/norm.py."""
     x, residual = x.contiguous(), residual.contiguous()
     out, total = torch.empty_like(x), torch.empty_like(x)
-    size, item = x.shape[-1], x.element_size()
-    epsilon = np.array([eps], np.float32)
+    size, count = x.shape[-1], x.numel()
+    row_bytes = size * x.element_size()
     _run(
-        _norm_region(x.dtype),
-        [
-            x.numel() // size, 1, size, x.data_ptr(), size * item, 0, out.data_ptr(), size * item, weight.data_ptr(),
-            epsilon.ctypes.data, residual.data_ptr(), total.data_ptr(),
-        ],
-        x.numel(),
+        _norm_region(x.dtype), count,
+        count // size, 1, size, x.data_ptr(), row_bytes, 0, out.data_ptr(), row_bytes, weight.data_ptr(),
+        threads.float_bits(eps), residual.data_ptr(), total.data_ptr(),
     )  # fmt: skip
     return out, total
 
@@ -286,8 +279,7 @@ def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     rows, size = x.shape[0], x.shape[1] // 2
     out = torch.empty(rows, size, dtype=x.dtype)
     item = x.element_size()
-    arguments = [rows, size, x.data_ptr(), x.stride(0) * item, out.data_ptr(), item]
-    _run(_silu_region(x.dtype), arguments, x.numel())
+    _run(_silu_region(x.dtype), x.numel(), rows, size, x.data_ptr(), x.stride(0) * item, out.data_ptr(), item)
     return out
 
 
@@ -305,18 +297,14 @@ def norm_rotate_write(
     kv_heads, item = kv_layer.shape[3], qkv.element_size()
     heads = all_heads - 2 * kv_heads
     out = torch.empty(tokens, heads, size, dtype=qkv.dtype)
-    epsilon = np.array([eps], np.float32)
     slots, positions, cos_sin = slots.contiguous(), positions.contiguous(), cos_sin.contiguous()
     _run(
-        _rotate_region(qkv.dtype),
-        [
-            tokens, heads, kv_heads, size, cos_sin.shape[1] // 2, item,
-            qkv.data_ptr(), qkv.stride(0) * item, qkv.stride(1) * item, kv_layer.shape[2],
-            kv_layer.data_ptr(), *(stride * item for stride in kv_layer.stride()[:4]),
-            slots.data_ptr(), positions.data_ptr(), cos_sin.data_ptr(),
-            0 if q_norm is None else q_norm.data_ptr(), 0 if k_norm is None else k_norm.data_ptr(),
-            epsilon.ctypes.data, out.data_ptr(), 0,
-        ],
-        qkv.numel(),
+        _rotate_region(qkv.dtype), qkv.numel(),
+        tokens, heads, kv_heads, size, cos_sin.shape[1] // 2, item,
+        qkv.data_ptr(), qkv.stride(0) * item, qkv.stride(1) * item, kv_layer.shape[2],
+        kv_layer.data_ptr(), *(stride * item for stride in kv_layer.stride()[:4]),
+        slots.data_ptr(), positions.data_ptr(), cos_sin.data_ptr(),
+        0 if q_norm is None else q_norm.data_ptr(), 0 if k_norm is None else k_norm.data_ptr(),
+        threads.float_bits(eps), out.data_ptr(), 0,
     )  # fmt: skip
     return out

@@ -20,7 +20,7 @@ from quire.kernels.cpu import threads
 from quire.kernels.cpu.decode import head_factors
 from quire.kernels.cpu.threads import pointer, thread
 from quire.kernels.cpu.threads import threads as num_threads
-from quire.kernels.cpu.tile import MAX_TILE, attend_tile, clear, finish_head, state_size, total_weight
+from quire.kernels.cpu.tile import MAX_TILE, attend_tile, clear, dots, finish_head, state_size, total_weight
 from quire.kernels.cpu.vector import BYTES, KINDS, LOG2E, WIDENED
 
 STATES = 32
@@ -28,7 +28,7 @@ STATES = 32
 
 
 @functools.cache
-def _region(size: int, tile: int, q_kind: int, kv_kind: int) -> int:
+def _region(size: int, tile: int, q_kind: int, kv_kind: int, dot: int) -> int:
     version, floats, q_bytes = threads.version(), state_size(size), BYTES[q_kind]
 
     # Cached on disk by what it closes over: numbers alone.
@@ -46,7 +46,8 @@ def _region(size: int, tile: int, q_kind: int, kv_kind: int) -> int:
         counts = carray(pointer(a[18]), (num_rows,), np.int32)
         group = heads // kv_heads
         together = max(1, STATES // group)
-        states = np.empty((together * group, floats), np.float32)
+        storage = np.empty((together * group + 1) * floats, np.float32)
+        states = (storage.ctypes.data + 63) // 64 * 64
         everything = np.int64(0)
         for row in range(num_rows):
             count = np.int64(counts[row])
@@ -65,7 +66,7 @@ def _region(size: int, tile: int, q_kind: int, kv_kind: int) -> int:
                         continue
                     queries = min(together, count - query)
                     for i in range(queries * group):
-                        clear(states[i], size)
+                        clear(states + i * floats * 4, size)
                     position = max(np.int64(0), prefix + query - window + 1)
                     last = prefix + query + queries
                     while position < last:
@@ -85,20 +86,21 @@ def _region(size: int, tile: int, q_kind: int, kv_kind: int) -> int:
                                     head = kv_head * group + j
                                     at = (np.int64(starts[row]) + query + i) * heads + head
                                     attend_tile(
-                                        size, tile, q_kind, kv_kind, a[9] + at * size * q_bytes, scales[head], key,
-                                        key + of_half, of_token, np.int32(first), np.int32(stop), 0,
-                                        states.ctypes.data + (i * group + j) * floats * 4,
+                                        size, tile, q_kind, kv_kind, dot, a[9] + at * size * q_bytes, scales[head],
+                                        key, key + of_half, of_token, np.int32(first), np.int32(stop), 0, 0,
+                                        states + (i * group + j) * floats * 4,
                                     )  # fmt: skip
                         position = origin + tile
                     for i in range(queries):
                         for j in range(group):
                             head = kv_head * group + j
                             at = (np.int64(starts[row]) + query + i) * heads + head
-                            state = i * group + j
+                            state = states + (i * group + j) * floats * 4
                             finish_head(
-                                size, q_kind, kv_kind, states.ctypes.data + state * floats * 4,
-                                factors[head] / total_weight(states[state], size), a[17] + at * size * q_bytes,
+                                size, q_kind, kv_kind, dot, state, factors[head] / total_weight(state, size),
+                                a[17] + at * size * q_bytes,
                             )  # fmt: skip
+        storage[0] = 0  # numba frees an array after its last use
 
     return threads.region(attend)
 
@@ -123,14 +125,11 @@ def prefill(
     q_kind, kv_kind = KINDS[q.dtype], KINDS[kv_layer.dtype]
     factors = head_factors(heads, scale * LOG2E, WIDENED.get(kv_kind, 1.0), kv_scales)
     element = BYTES[kv_kind]
-    arguments = np.array(
-        [
-            len(lengths), heads, kv_heads, block_size, int(lengths.max()) if window is None else window,
-            *(stride * element for stride in kv_layer.stride()[:4]),
-            q.data_ptr(), kv_layer.data_ptr(), block_tables.data_ptr(), block_tables.stride(0), lengths.ctypes.data,
-            factors.ctypes.data, factors.ctypes.data + 4 * heads, starts.ctypes.data, out.data_ptr(),
-            counts.ctypes.data, 0,
-        ],
-        np.int64,
+    arguments = threads.pack(
+        len(lengths), heads, kv_heads, block_size, int(lengths.max()) if window is None else window,
+        *(stride * element for stride in kv_layer.stride()[:4]),
+        q.data_ptr(), kv_layer.data_ptr(), block_tables.data_ptr(), block_tables.stride(0), lengths.ctypes.data,
+        factors.ctypes.data, factors.ctypes.data + 4 * heads, starts.ctypes.data, out.data_ptr(), counts.ctypes.data, 0,
     )  # fmt: skip
-    threads.run(_region(size, math.gcd(block_size, MAX_TILE), q_kind, kv_kind), arguments)
+    tile = math.gcd(block_size, MAX_TILE)
+    threads.run(_region(size, tile, q_kind, kv_kind, dots(size, tile, q_kind, kv_kind)), arguments)

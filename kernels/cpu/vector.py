@@ -2,8 +2,8 @@
 
 Written as LLVM IR, which LLVM fits to the processor at hand. Vectors are float32; what lies in memory is widened on
 its way in and rounded to nearest even on its way out. A head or a row of D numbers is walked in pairs of vectors of
-`width(D)` lanes. For bfloat16 the two of a pair are the even and the odd elements: a shift and a mask make them of one
-load. Everything that works on such pairs keeps to that order, so that nothing ever needs to be sorted.
+`width(D)` lanes, which hold 2 * lanes neighbours in one of three orders. Everything that works on such pairs keeps to
+their order, so that nothing ever needs to be sorted.
 
 An address is an int64. A type is told by an integer, one of those of `KINDS`, so that numba takes it for a constant.
 """
@@ -12,18 +12,25 @@ An address is an int64. A type is told by an integer, one of those of `KINDS`, s
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import llvmlite.binding
 import torch
 from llvmlite import ir
 from numba.core import cgutils
+from numba.core.registry import cpu_target
 
 FLOAT32, FLOAT16, BFLOAT16, FLOAT8 = range(4)
 KINDS = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLOAT16, torch.float8_e4m3fn: FLOAT8}
 BYTES = {FLOAT32: 4, FLOAT16: 2, BFLOAT16: 2, FLOAT8: 1}
 WIDENED = {FLOAT8: 256.0}
 """What loading makes of an element, times this, is its value; 1 where not listed."""
+
+HALVES, EVEN_ODD, SPREAD = range(3)
+"""Which of its elements the first vector of a pair holds, the second the others: the first half; the even ones, which a
+shift makes of a load of bfloat16, as a mask the odd ones; of every eight the first four, as processors interleave."""
 
 MAX_LANES = 16
 CACHE_LINE = 64
@@ -41,6 +48,28 @@ I16, I32, I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 F32 = ir.FloatType()
 
 Pair = tuple[Any, Any]
+
+
+class _Bfloat(ir.Type):  # type: ignore[misc]
+    """LLVM's name for the type, which llvmlite lacks."""
+
+    def __str__(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Bfloat)
+
+    def __hash__(self) -> int:
+        return hash(_Bfloat)
+
+
+@functools.cache
+def has_dot() -> bool:
+    """Whether the processor that numba compiles for multiplies pairs of bfloat16, and LLVM knows the instruction by the
+    types of today."""
+    features: str = cpu_target.target_context.codegen().magic_tuple()[2]
+    known = {"+avx512bf16", "+avx512vl"} <= set(features.split(","))
+    return known and llvmlite.binding.llvm_version_info[0] >= 17
 
 
 def width(size: int) -> int:
@@ -82,16 +111,37 @@ class Code:
         for offset in range(0, num_bytes, CACHE_LINE):
             b.call(function, [self.pointer(address, offset), I32(0), I32(TO_SECOND_LEVEL), I32(1)])
 
-    def load_pair(self, kind: int, interleaved: bool, address: Any, offset: int) -> Pair:
-        """2 * lanes elements; `interleaved`: the even ones and the odd ones, else the first and the second half."""
+    def opaque(self, address: Any) -> Any:
+        """The address, of which the compiler then knows nothing; it moves no reading or writing across this place. Not
+        an instruction."""
+        return self.builder.asm(ir.FunctionType(I64, [I64]), "", "=r,0,~{memory}", [address], True)
+
+    def load_pair(self, kind: int, order: int, address: Any, offset: int) -> Pair:
+        """2 * lanes elements."""
         b, lanes = self.builder, self.lanes
-        if interleaved:
-            assert kind == BFLOAT16
-            words = self.load(address, self.words, offset, align=2)
-            even = b.shl(words, self._splat_word(16))
-            odd = b.and_(words, self._splat_word(0xFFFF0000))
-            return b.bitcast(even, self.floats), b.bitcast(odd, self.floats)
-        return self._load_half(kind, address, offset), self._load_half(kind, address, offset + lanes * BYTES[kind])
+        if order == HALVES:
+            return self._load_half(kind, address, offset), self._load_half(kind, address, offset + lanes * BYTES[kind])
+        assert kind == BFLOAT16
+        words = self.load(address, self.words, offset, align=2)
+        if order == SPREAD:
+            first, second = self.interleave(ir.Constant(self.words, None), words)
+            return b.bitcast(first, self.floats), b.bitcast(second, self.floats)
+        even = b.shl(words, self._splat_word(16))
+        odd = b.and_(words, self._splat_word(0xFFFF0000))
+        return b.bitcast(even, self.floats), b.bitcast(odd, self.floats)
+
+    def interleave(self, low: Any, high: Any) -> Pair:
+        """Words of 2 * lanes elements each -> words whose lower halves are those of `low`, and the upper those of
+        `high`, in the order SPREAD."""
+        b, both = self.builder, ir.VectorType(I16, 2 * self.lanes)
+        low, high = b.bitcast(low, both), b.bitcast(high, both)
+        parts = (self._spread(half) for half in (0, 1))
+        mixed = ([x for i in part for x in (i, 2 * self.lanes + i)] for part in parts)
+        first, second = (b.bitcast(b.shuffle_vector(low, high, self._indices(x)), self.words) for x in mixed)
+        return first, second
+
+    def _spread(self, half: int) -> list[int]:
+        return [i for i in range(2 * self.lanes) if i // 4 % 2 == half]
 
     def _load_half(self, kind: int, address: Any, offset: int) -> Any:
         b = self.builder
@@ -107,13 +157,16 @@ class Code:
         moved = b.and_(b.shl(wide, self._splat(I16, 7)), self._splat(I16, 0xBFFF))
         return b.fpext(b.bitcast(moved, ir.VectorType(ir.HalfType(), self.lanes)), self.floats)
 
-    def store_pair(self, pair: Pair, kind: int, interleaved: bool, address: Any, offset: int) -> None:
+    def store_pair(self, pair: Pair, kind: int, order: int, address: Any, offset: int) -> None:
         """Undoes load_pair, with rounding."""
         b, lanes = self.builder, self.lanes
-        if interleaved:
+        if order != HALVES:
             assert kind == BFLOAT16
-            even, odd = (self._round_to_bfloat16(half) for half in pair)
-            packed = b.or_(b.lshr(even, self._splat_word(16)), b.and_(odd, self._splat_word(0xFFFF0000)))
+            first, second = (self.rounded(half) for half in pair)
+            packed = b.or_(b.lshr(first, self._splat_word(16)), second)
+            if order == SPREAD:
+                both = b.bitcast(packed, ir.VectorType(I16, 2 * lanes))
+                packed = b.shuffle_vector(both, both, self._indices(self._gathered()))
             self.store(packed, address, offset, align=2)
             return
         for i, half in enumerate(pair):
@@ -124,17 +177,31 @@ class Code:
                 self.store(b.fptrunc(half, ir.VectorType(ir.HalfType(), lanes)), address, at, align=2)
             else:
                 assert kind == BFLOAT16
-                rounded = b.lshr(self._round_to_bfloat16(half), self._splat_word(16))
+                rounded = b.lshr(self.rounded(half), self._splat_word(16))
                 self.store(b.trunc(rounded, self.halves), address, at, align=2)
 
-    def _round_to_bfloat16(self, x: Any) -> Any:
-        """Words whose upper halves are x as bfloat16; NaN stays NaN."""
+    def _gathered(self) -> list[int]:
+        """Where the elements lie, in their order, if those of the first vector of a SPREAD pair are the lower halves of
+        words, and those of the second the upper."""
+        places = {place: 2 * i + half for half in (0, 1) for i, place in enumerate(self._spread(half))}
+        return [places[i] for i in range(2 * self.lanes)]
+
+    def store_pairs(self, x: Any, address: Any, offset: int) -> None:
+        """Floats that are bfloat16 already, two to a word, the first in its lower half."""
+        b = self.builder
+        halves = b.bitcast(x, ir.VectorType(I16, 2 * self.lanes))
+        upper = self._indices(range(1, 2 * self.lanes, 2))
+        self.store(b.shuffle_vector(halves, halves, upper), address, offset)
+
+    def rounded(self, x: Any) -> Any:
+        """Words: x as bfloat16 in their upper halves, and 0; NaN stays NaN."""
         b = self.builder
         bits = b.bitcast(x, self.words)
         tie = b.and_(b.lshr(bits, self._splat_word(16)), self._splat_word(1))
         rounded = b.add(bits, b.add(tie, self._splat_word(0x7FFF)))
         is_number = b.fcmp_ordered("ord", x, x)
-        return b.select(is_number, rounded, self._splat_word(0x7FC00000))
+        kept = b.and_(rounded, self._splat_word(0xFFFF0000))
+        return b.select(is_number, kept, self._splat_word(0x7FC00000))
 
     # -- arithmetic
 
@@ -170,6 +237,14 @@ class Code:
         kind = ir.FunctionType(self.floats, [self.floats] * 3)
         function = cgutils.get_or_insert_function(self.builder.module, kind, f"llvm.fma.v{self.lanes}f32")
         return self.builder.call(function, [a, b, c])
+
+    def dot(self, total: Any, a: Any, b: Any) -> Any:
+        """Of words of two bfloat16: total + the products of the lower halves + those of the upper. Needs has_dot()."""
+        pairs = ir.VectorType(_Bfloat(), 2 * self.lanes)
+        kind = ir.FunctionType(self.floats, [self.floats, pairs, pairs])
+        name = f"llvm.x86.avx512bf16.dpbf16ps.{32 * self.lanes}"
+        function = cgutils.get_or_insert_function(self.builder.module, kind, name)
+        return self.builder.call(function, [total, *(self.builder.bitcast(x, pairs) for x in (a, b))])
 
     def maximum(self, a: Any, b: Any) -> Any:
         """The greater; b where a is NaN."""

@@ -18,7 +18,7 @@ THREADS = 128
 def move_kernel(
     target,  # blocks of WORDS words
     source,
-    target_ids,  # [n] int64, or None: block i is number i
+    target_ids,  # [n], or None: block i is number i
     source_ids,
     ID_STRIDE: tl.constexpr,
     WORDS: tl.constexpr,
@@ -29,9 +29,9 @@ def move_kernel(
     to = index.to(tl.int64)
     origin = to
     if target_ids is not None:
-        to = tl.load(target_ids + index * ID_STRIDE)
+        to = tl.load(target_ids + index * ID_STRIDE).to(tl.int64)
     if source_ids is not None:
-        origin = tl.load(source_ids + index * ID_STRIDE)
+        origin = tl.load(source_ids + index * ID_STRIDE).to(tl.int64)
     at = tl.program_id(0) % CHUNKS * CHUNK + tl.arange(0, CHUNK)
     if WORDS % CHUNK == 0:
         tl.store(target + to * WORDS + at, tl.load(source + origin * WORDS + at))
@@ -42,7 +42,7 @@ def move_kernel(
 
 def copy_blocks(
     pool: torch.Tensor,  # [N, ...] contiguous
-    pairs: torch.Tensor,  # [n, 2] int64: source, destination
+    pairs: torch.Tensor,  # [n, 2] int32 or int64: source, destination
 ) -> None:
     assert pairs.is_contiguous() and pairs.shape == (len(pairs), 2)
     (words,) = as_words(pool)
@@ -51,7 +51,7 @@ def copy_blocks(
 
 def gather_blocks(
     pool: torch.Tensor,  # [N, ...] contiguous
-    ids: torch.Tensor,  # [n] int64
+    ids: torch.Tensor,  # [n] int32 or int64
     out: torch.Tensor,  # [n, ...] contiguous
 ) -> None:
     words, staging = as_words(pool, out)
@@ -61,7 +61,7 @@ def gather_blocks(
 
 def scatter_blocks(
     pool: torch.Tensor,  # [N, ...] contiguous
-    ids: torch.Tensor,  # [n] int64
+    ids: torch.Tensor,  # [n] int32 or int64
     source: torch.Tensor,  # [n, ...] contiguous
 ) -> None:
     words, staging = as_words(pool, source)
@@ -77,7 +77,7 @@ def _move(
     num_moved: int,
 ) -> None:
     ids = [each for each in (target_ids, source_ids) if each is not None]
-    assert all(each.dtype == torch.int64 and each.device == target.device for each in ids)
+    assert all(each.dtype in (torch.int32, torch.int64) and each.device == target.device for each in ids)
     if not num_moved:
         return
     num_words = target.shape[1]
@@ -96,7 +96,7 @@ def _move(
 
 def variants(device: Device) -> list[Variant]:
     """A block of Llama 8B, 16 tokens of bfloat16; one that fills no chunk, and one that fills no word."""
-    big, id_type = 2 << 20, torch.int64
+    big, id_type = 2 << 20, torch.int32
     return [
         _variant(device, "copy_blocks: 2 MiB", torch.int64, big, id_type, id_type),
         _variant(device, "gather_blocks: 2 MiB", torch.int64, big, None, id_type),

@@ -14,7 +14,7 @@ from quire.worker import memory
 from quire.worker.checks import PlanError
 from quire.worker.config import WorkerConfig
 from quire.worker.host import available_memory, usable_cores
-from quire.worker.memory import PoolTooSmall, count_blocks
+from quire.worker.memory import PoolTooSmall, SwapTooLarge, count_blocks
 from quire.worker.parallel import TensorParallel
 from quire.worker.runner import Runner, default_threads, load_decoder
 
@@ -404,6 +404,18 @@ def test_a_pool_too_small_is_refused_with_what_to_change(monkeypatch, config, ad
         measure(**config)
 
 
+def test_a_swap_space_that_the_machine_cannot_hold_is_refused(monkeypatch):
+    monkeypatch.setattr(memory, "available_memory", lambda: 100_000)
+    pool = dict(num_gpu_blocks_override=40)
+    assert measure(**pool, swap_space_bytes=1 << 40) == 40  # no more is used than the pool has
+    monkeypatch.setattr(memory, "available_memory", lambda: 79_999)
+    with pytest.raises(SwapTooLarge, match="40000 bytes of swap space .* into the 39999 bytes .* lower --swap-space"):
+        measure(**pool, swap_space_bytes=1 << 40)
+    with pytest.raises(SwapTooLarge, match="for each of 2 ranks .* -1 bytes"):
+        measure(**pool, swap_space_bytes=1000, tensor_parallel_size=2)
+    assert measure(**pool, swap_space_bytes=39_999) == 40
+
+
 def test_memory_that_is_available(tmp_path):
     meminfo, group = tmp_path / "meminfo", tmp_path / "group"
     meminfo.write_text("MemTotal: 900 kB\nMemAvailable: 500 kB\n")
@@ -430,6 +442,9 @@ def test_the_number_of_blocks_on_a_gpu(monkeypatch):
     # 900 000 less 300 000 at the peak, 50 000 of others and 40 000 of graphs.
     assert count_blocks(config, 1000, lambda: steps.append(1), lambda: 40_000) == 510
     assert steps == [1]
+    monkeypatch.setattr(memory, "staging_bytes", lambda block_bytes: 20 * block_bytes)
+    swapping = WorkerConfig(**CONFIG | dict(device="cuda", gpu_memory_utilization=0.9, swap_space_bytes=1))
+    assert count_blocks(swapping, 1000, lambda: None, lambda: 40_000) == 490
     with pytest.raises(PoolTooSmall, match=r"16 KV blocks of 100000 bytes.*0.9 of 1000000.*40000 for CUDA graphs"):
         count_blocks(config, 100_000, lambda: None, lambda: 40_000)
 

@@ -133,7 +133,6 @@ IMPOSSIBLE += [
         ("frequency_penalty", NAN),
         ("min_tokens", -1),
         ("logprobs", -1),
-        ("logprobs", 101),
     ]
 ]
 IMPOSSIBLE += [

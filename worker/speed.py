@@ -1,0 +1,74 @@
+"""How fast this rank moves blocks and computes prompts: measured once, at the start, for whoever has to choose between
+the two. Neither leaves a trace in the pool."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from quire.worker.moves import BlockMover, Moves
+from quire.worker.parallel import TensorParallel
+from quire.worker.pool import KVPool
+
+LINK_BYTES = 32 << 20
+"""Moved each way, unless the swap space is smaller."""
+
+FEWEST_TOKENS, MOST_TOKENS = 32, 512
+"""Of the prompts that are timed."""
+
+LONG_S = 0.05
+"""A prompt that takes so long says enough."""
+
+
+@dataclass(frozen=True, slots=True)
+class Speeds:
+    """0: not measured."""
+
+    link_bytes_per_s: float = 0.0
+    """Between pool and swap space, either way."""
+    prefill_tokens_per_s: float = 0.0
+
+
+def measure_link(mover: BlockMover, pool: KVPool) -> float:
+    """Bytes per second, out and back; there is a swap space. The second time counts: memory has been taken by then."""
+    count = min(mover.swap.num_slots, max(1, LINK_BYTES // pool.shape.num_bytes))
+    pairs = np.repeat(np.arange(count)[:, None], 2, axis=1)
+    moves, device = Moves(pairs, pairs, pairs[:0]), pool.tensor.device
+    loaded = mover.load(moves, lambda ids: torch.from_numpy(ids.ravel()).to(device))
+    taken = 0.0
+    for _ in range(2):
+        _synchronize(device)
+        started = time.perf_counter()
+        mover.run(loaded)
+        _synchronize(device)
+        taken = time.perf_counter() - started
+    return 2 * count * pool.shape.num_bytes / taken
+
+
+def measure_prefill(compute: Callable[[int], None], most: int, tp: TensorParallel, device: torch.device) -> float:
+    """Tokens per second of the longest of some prompts, ever longer until one takes a while; `compute` runs one of so
+    many tokens. On several ranks: on all of them at once."""
+    num_tokens = min(FEWEST_TOKENS, most)
+    taken = _time_of(compute, num_tokens)
+    while tp.least(num_tokens < min(MOST_TOKENS, most) and taken < LONG_S, device):
+        num_tokens = min(2 * num_tokens, most)
+        taken = _time_of(compute, num_tokens)
+    if tp.least(taken < LONG_S, device):
+        # Whatever the first prompt of a length has to wait for is no part of it.
+        taken = _time_of(compute, num_tokens)
+    return num_tokens / taken
+
+
+def _time_of(compute: Callable[[int], None], num_tokens: int) -> float:
+    started = time.perf_counter()
+    compute(num_tokens)
+    return time.perf_counter() - started
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
