@@ -5,7 +5,7 @@ from __future__ import annotations
 from quire.scheduler import journal as events_of
 from quire.scheduler.blocks import AuditError
 from quire.scheduler.draft import Draft
-from quire.scheduler.groups import Group, shared_blocks
+from quire.scheduler.groups import Group
 from quire.scheduler.journal import Wait
 from quire.scheduler.leaving import Leaving
 from quire.scheduler.sequence import Join, Status
@@ -36,6 +36,7 @@ class AdmissionControl:
         """Let the group in, or say what it waits for."""
         state = self._state
         if num_awaited := sum(s.num_in_flight for s in group.sequences if s not in group.reports):
+            group.forget_shares()
             return events_of.Blocked(Wait.RESULTS, num_awaited, 0)
         if state.running.num_free_rows < group.num_rows:
             return events_of.Blocked(Wait.ROWS, group.num_rows, state.running.num_free_rows)
@@ -79,7 +80,7 @@ class AdmissionControl:
             return self._state.tables.needed_to_swap_in(group.sequences)
         shares = None
         if not group.is_undivided:
-            shares = [count for _, count in shared_blocks(group.sequences, self._state.config.block_size)]
+            shares = [share.num_blocks for share in group.shares(self._state.config.block_size)[1:]]
         return self._state.tables.needed_to_begin(group.sequences, found, shares)
 
     def _shrink_to_fit(self, group: Group) -> None:
@@ -127,10 +128,12 @@ class AdmissionControl:
     def _plan_joins(self, group: Group) -> None:
         """After a preemption: what sequences have in common is computed by the first of them only."""
         state = self._state
-        shared = shared_blocks(group.sequences, state.config.block_size)
-        for sequence, (source, count) in zip(group.sequences[1:], shared, strict=True):
-            own = state.tables.blocks_for(sequence.num_tokens) - count
-            sequence.join = Join(group.sequences[source], count, [state.pool.allocate() for _ in range(own)])
+        shares = group.shares(state.config.block_size)
+        for sequence, share in zip(group.sequences[1:], shares[1:], strict=True):
+            own = state.tables.blocks_for(sequence.num_tokens) - share.num_blocks
+            blocks = [state.pool.allocate() for _ in range(own)]
+            sequence.join = Join(group.sequences[share.source], share.num_blocks, blocks)
+        group.forget_shares()
         state.running.joining.append(group)
 
     def _resume(self, group: Group, draft: Draft) -> None:

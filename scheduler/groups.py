@@ -6,18 +6,29 @@ than can run at once, or outgrow the pool together: samples then go on in groups
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from quire.scheduler.beam import BeamSearch
 from quire.scheduler.plan import Logprobs
 from quire.scheduler.request import Request
 from quire.scheduler.sequence import Sequence, Status
 
 
+class Share(NamedTuple):
+    """What a sequence has in common with an earlier one of its group."""
+
+    source: int
+    """Index of that one."""
+    num_blocks: int
+    """Full blocks with which both begin."""
+
+
 class Group:
     """State; mutated by the scheduler only."""
 
     __slots__ = (
-        "arrival", "has_progressed", "is_reserved", "is_running", "is_swapped", "num_preemptions", "num_promised",
-        "reports", "request", "search", "sequences",
+        "_shares", "arrival", "has_progressed", "is_reserved", "is_running", "is_swapped", "num_preemptions",
+        "num_promised", "reports", "request", "search", "sequences",
     )  # fmt: skip
 
     def __init__(self, request: Request, arrival: int, is_reserved: bool = False) -> None:
@@ -38,6 +49,7 @@ class Group:
         self.num_promised = 0
         """Rows that are kept free for it while it runs."""
         self.num_preemptions = 0
+        self._shares: list[Share] | None = None
         self.has_progressed = True
         """False from its return after a preemption to the next token that it samples."""
 
@@ -70,29 +82,35 @@ class Group:
         """Whether any waits to share what a sibling computes again after a preemption."""
         return any(sequence.join is not None for sequence in self.sequences)
 
+    def shares(self, block_size: int) -> list[Share]:
+        """How little of a waiting group must be computed again, by sequence; the first shares nothing. Worked out once
+        for as long as it waits."""
+        if self._shares is None or len(self._shares) != len(self.sequences):
+            self._shares = [Share(0, 0)]
+            for place in range(1, len(self.sequences)):
+                # Samples part with their first token, and are seldom as one beyond it; beams are a tree.
+                sources = range(place if self.search is not None else 1)
+                counts = [self._common_blocks(source, place, block_size) for source in sources]
+                best = max(counts)
+                self._shares.append(Share(counts.index(best), best))
+        return self._shares
+
+    def forget_shares(self) -> None:
+        """Its sequences have changed, or are about to."""
+        self._shares = None
+
+    def _common_blocks(self, source: int, place: int, block_size: int) -> int:
+        """Full blocks with which both sequences begin; of the second's known tokens at least one is left to compute."""
+        ours, theirs = self.sequences[place].token_ids, self.sequences[source].token_ids
+        most = min(len(theirs) // block_size, (len(ours) - 1) // block_size)
+        count = min(most, self.sequences[place].num_prompt_tokens // block_size)  # the prompt is the same
+        while count < most:
+            part = slice(count * block_size, (count + 1) * block_size)
+            if ours[part] != theirs[part]:
+                break
+            count += 1
+        return count
+
     def __repr__(self) -> str:
         state = "running" if self.is_running else "swapped" if self.is_swapped else "waiting"
         return f"Group({self.request.request_id} {state}, {len(self.sequences)} sequences)"
-
-
-def shared_blocks(sequences: list[Sequence], block_size: int) -> list[tuple[int, int]]:
-    """How little of a group must be computed again: for each sequence but the first, the index of an earlier one that
-    begins with the same tokens, and the number of full blocks that this makes. Of the known tokens at least one is left
-    to compute."""
-    shared = []
-    for place in range(1, len(sequences)):
-        tokens = sequences[place].token_ids
-        best = (0, 0)
-        for source in range(place):
-            other = sequences[source].token_ids
-            most = min(len(other) // block_size, (len(tokens) - 1) // block_size)
-            count = sequences[place].num_prompt_tokens // block_size if most else 0
-            count = min(count, most)  # the prompt is the same
-            while count < most:
-                part = slice(count * block_size, (count + 1) * block_size)
-                if tokens[part] != other[part]:
-                    break
-                count += 1
-            best = max(best, (count, -source))
-        shared.append((-best[1], best[0]))
-    return shared

@@ -44,6 +44,7 @@ class Leaving:
         state.counters.num_preemptions += 1
         group.num_preemptions += 1
         group.has_progressed = False
+        group.forget_shares()
         state.running.leave(group)
         state.waiting.push(group)
 

@@ -1,9 +1,9 @@
 """Full blocks are found again by what they hold, whoever computed them.
 
 What a block holds depends on all tokens before it, so its name is chained: a keyed hash of the name of the block before
-it and of its own tokens. The first name stands for the tenant's salt: requests with different salts never share a block,
-and nobody can learn from timing what another tenant has asked. The key is drawn for each process, so names cannot be
-made to collide by whoever chooses the tokens.
+it and of its own tokens. The first name stands for the tenant's salt: requests with different salts never share a
+block, and nobody can learn from timing what another tenant has asked. The key is drawn for each process, so names
+cannot be made to collide by whoever chooses the tokens.
 
 A hit only raises the number of tokens that count as computed. Blocks are given names when the plan that fills them is
 made: plans run in order, and within a step keys and values are written before any are read.

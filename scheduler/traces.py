@@ -188,7 +188,7 @@ def conversations(
     for _ in range(count):
         last = rng.choice(turns)
         length = last.prompt_tokens
-        while rng.random() < 0.75 and length < history:  # 4 turns on average
+        while rng.random() < 0.9 and length < history:  # most are long enough to be cut
             turn = rng.choice(turns)
             length += turn.prompt_tokens + turn.output_tokens
         jobs.append(Job(0.0, min(length, history), min(last.output_tokens, answer)))
