@@ -92,6 +92,7 @@ def run(arguments: argparse.Namespace, scratch: Path) -> None:
     )
 
     def generate(jobs: Sequence[workloads.Job]) -> int:
+        llm.reset_prefix_cache()  # each run finds nothing of the one before
         counters = llm.scheduler.counters
         steps, preemptions = counters.num_steps, counters.num_preemptions
         params = [

@@ -125,11 +125,12 @@ class Lab:
         guess: float,
         seconds: float,
         cost: CostModel | None = None,
+        **changes: object,
     ) -> Sustained:
         """Normalized latency against rate, up to the limit: the rates of the search, and two below."""
 
         def run(rate: float) -> Report:
-            return self.run(system, setup, self.arriving(jobs, rate, seconds), LIMIT, cost)
+            return self.run(system, setup, self.arriving(jobs, rate, seconds), LIMIT, cost, **changes)
 
         found = sustained_rate(run, LIMIT, guess, tolerance=0.04)
         for share in (0.3, 0.65):

@@ -169,6 +169,10 @@ class LLM:
             raise InvalidRequest("name", f"no prefix {name!r} is reserved")
         del self._reserved[name]
 
+    def reset_prefix_cache(self) -> int:
+        """Forget what no request in progress and no reserved prefix holds; returns how many blocks that was."""
+        return self._scheduler.pool.forget_free()
+
     def close(self) -> None:
         """Free the model and end the other ranks' processes."""
         self._executor.close()

@@ -21,6 +21,8 @@ from quire.worker.work import Changes, Work
 KNOWN, COMPUTED, PROMPT, BLOCKS = range(4)
 """Lines of the counts: tokens known, tokens whose KV is computed, prompt tokens, blocks in the table."""
 
+NOTHING = np.empty(0, np.int64)
+
 
 @dataclass(frozen=True, slots=True)
 class TableSize:
@@ -66,12 +68,14 @@ class Checked:
     retired: np.ndarray
     admissions: list[Admission]
     forks: list[Copy]
-    told: tuple[np.ndarray, np.ndarray, np.ndarray]
-    """Rows, positions and tokens."""
-    replaced: tuple[np.ndarray, np.ndarray, np.ndarray]
-    """Rows, entries of their tables and blocks."""
+    told: np.ndarray
+    """[n, 2]: rows and tokens."""
+    positions: np.ndarray
+    """Of these tokens."""
+    replaced: np.ndarray
+    """[n, 3]: rows, entries of their tables, and blocks."""
     extended: tuple[np.ndarray, np.ndarray, np.ndarray]
-    """The same."""
+    """The same, apart."""
     work: Work
     branches: list[Copy]
     """They share their parents' known tokens, all computed by this step's end."""
@@ -96,11 +100,10 @@ class RowCounts:
     def apply(self, plan: worker_pb2.StepPlan) -> Checked:
         """Counts what the plan changes before it computes. Raises PlanError, and then nothing has changed."""
         retired, rows, blocks = ints(plan.retire_rows), ints(plan.extend_rows), ints(plan.extend_blocks)
-        told, replaced = records(plan.told, 2), records(plan.replaced, 3)
-        children = self._children(plan)
-        for each in (retired, rows, told[:, 0], replaced[:, 0]):
-            check_ids(each, self.size.num_rows, "row")
-        touched = np.concatenate([retired, rows, children])
+        check_ids(retired, self.size.num_rows, "row")
+        check_ids(rows, self.size.num_rows, "row")
+        told, replaced, children = self._shared(plan)
+        touched = np.concatenate([retired, rows, children]) if retired.size or rows.size or children.size else retired
         before = self._counts[:, touched]
         admissions: list[Admission] = []
         try:
@@ -109,9 +112,10 @@ class RowCounts:
                 admissions.append(self._check_admission(admit))
                 self._counts[:, admit.row] = _counts_of(admit, admissions[-1])
             new = [admission.row for admission in admissions]
-            forks = self._fork(plan.forks, new)
-            positions = self._check_told(told, new)
-            self._check_replaced(replaced)
+            forks = self._fork(plan.forks, new) if children.size else []
+            positions = self._check_told(told, new) if told.size else NOTHING
+            if replaced.size:
+                self._check_replaced(replaced)
             columns = self._extend(rows, blocks)
             work, branches = self._check_work(plan)
         except PlanError:
@@ -119,16 +123,7 @@ class RowCounts:
                 self._counts[:, admission.row] = 0
             self._counts[:, touched] = before
             raise
-        return Checked(
-            retired,
-            admissions,
-            forks,
-            (told[:, 0], positions, told[:, 1]),
-            (replaced[:, 0], replaced[:, 1], replaced[:, 2]),
-            (rows, columns, blocks),
-            work,
-            branches,
-        )
+        return Checked(retired, admissions, forks, told, positions, replaced, (rows, columns, blocks), work, branches)
 
     def advance(self, work: Work) -> None:
         """The step has been issued: its tokens will have been sampled before anything reads them."""
@@ -173,18 +168,19 @@ class RowCounts:
             raise PlanError(f"row {row}: {error}") from None
         return Admission(row, tokens.astype(np.int32), blocks.astype(np.int32), settings)
 
-    def _children(self, plan: worker_pb2.StepPlan) -> np.ndarray:
-        """Rows that become copies; they and their parents are in range."""
-        if not plan.forks and not plan.branches:
-            return self._index[:0]
-        pairs = np.array([(fork.parent, fork.child) for fork in chain(plan.forks, plan.branches)], np.int64)
-        check_ids(pairs, self.size.num_rows, "row")
-        return pairs[:, 1]
+    def _shared(self, plan: worker_pb2.StepPlan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What is told and replaced, and the rows that become copies; rows are in range."""
+        if not (plan.forks or plan.branches or plan.told or plan.replaced):
+            return NOTHING, NOTHING, NOTHING
+        told, replaced = records(plan.told, 2), records(plan.replaced, 3)
+        forks = [(fork.parent, fork.child) for fork in chain(plan.forks, plan.branches)]
+        pairs = np.array(forks, np.int64).reshape(-1, 2)
+        for rows in (told[:, 0], replaced[:, 0], pairs):
+            check_ids(rows, self.size.num_rows, "row")
+        return told, replaced, pairs[:, 1]
 
     def _fork(self, forks: Sequence[worker_pb2.Fork], new: Sequence[int]) -> list[Copy]:
         """A device copies all at once, before it is told anything else: a parent is what earlier steps have left."""
-        if not forks:
-            return []
         unsettled = {*new, *(fork.child for fork in forks)}
         for fork in forks:
             if fork.parent in unsettled:
@@ -205,24 +201,21 @@ class RowCounts:
     def _check_told(self, told: np.ndarray, new: Sequence[int]) -> np.ndarray:
         """Returns the position of each token."""
         rows, tokens = told.T
+        self._check_occupied(rows, "told a token")
+        check_different(rows, "row", "is told a token")
+        check_ids(tokens, self.size.vocab_size, "told: token id")
         known, computed, prompt = self._counts[:BLOCKS, rows]
-        if rows.size:
-            self._check_occupied(rows, "told a token")
-            check_different(rows, "row", "is told a token")
-            check_ids(tokens, self.size.vocab_size, "told: token id")
-            wrong = (known != computed + 1) | (known <= prompt) | np.isin(rows, new)
-            if wrong.any():
-                i = wrong.argmax()
-                raise PlanError(
-                    f"row {rows[i]} is told its last token but did not sample it: of {known[i]} known tokens"
-                    f" {prompt[i]} are prompt and {computed[i]} computed"
-                )
+        wrong = (known != computed + 1) | (known <= prompt) | np.isin(rows, new)
+        if wrong.any():
+            i = wrong.argmax()
+            raise PlanError(
+                f"row {rows[i]} is told its last token but did not sample it: of {known[i]} known tokens {prompt[i]}"
+                f" are prompt and {computed[i]} computed"
+            )
         positions: np.ndarray = known - 1
         return positions
 
     def _check_replaced(self, replaced: np.ndarray) -> None:
-        if not replaced.size:
-            return
         rows, entries, blocks = replaced.T
         self._check_occupied(rows, "given another block")
         check_ids(blocks, self.size.num_blocks, "replaced: block id")

@@ -54,14 +54,16 @@ class RowTable:
         self._copy(checked.forks)
         for admission in checked.admissions:
             self._admit(admission)
-        for rows, entries, blocks in (checked.replaced, checked.extended):
-            if rows.size:
-                self.host_blocks[rows, entries] = blocks
-        rows, positions, tokens = checked.told
+        if checked.replaced.size:
+            rows, entries, blocks = checked.replaced.T
+            self.host_blocks[rows, entries] = blocks
+        rows, entries, blocks = checked.extended
+        if rows.size:
+            self.host_blocks[rows, entries] = blocks
         if not self.is_on_host:
             self._tell_device(checked, checked.work.changes)
-        elif rows.size:
-            self.token_ids.numpy()[rows, positions] = tokens
+        elif checked.told.size:
+            self.token_ids.numpy()[checked.told[:, 0], checked.positions] = checked.told[:, 1]
         self._copy(checked.branches)
         return checked.work
 
@@ -94,10 +96,11 @@ class RowTable:
             row, num_blocks = admission.row, len(admission.block_ids)
             writes.append(Write(False, row, 0, admission.token_ids))
             writes.append(Write(True, row, 0, self.host_blocks[row, :num_blocks].copy()))
-        writes += _writes(False, *checked.told)
         writes += _writes(True, *checked.extended)
-        rows, entries, blocks = checked.replaced
-        if rows.size:
+        if checked.told.size:
+            writes += _writes(False, checked.told[:, 0], checked.positions, checked.told[:, 1])
+        if checked.replaced.size:
+            rows, entries, blocks = checked.replaced.T
             # What was replaced in a table that has just come came with it.
             is_old = ~np.isin(rows, [admission.row for admission in checked.admissions])
             writes += _writes(True, rows[is_old], entries[is_old], blocks[is_old])

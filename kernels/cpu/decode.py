@@ -202,7 +202,7 @@ def decode(
     arguments[9], arguments[10], arguments[17] = q.data_ptr(), kv_layer.data_ptr(), out.data_ptr()
     if kv_scales is not None:
         heads = q.shape[1]
-        factors = head_factors(heads, scale * LOG2E, WIDENED.get(KINDS[kv_layer.dtype], 1.0), kv_scales)
+        factors = head_factors(heads, scale, WIDENED.get(KINDS[kv_layer.dtype], 1.0), kv_scales)
         arguments[14], arguments[18] = factors.ctypes.data, factors.ctypes.data + 4 * heads
     threads.run(call.attend, arguments)
     if call.finish:
@@ -227,7 +227,7 @@ def _prepare(
     counts = (lengths - 1) // SPLIT - np.maximum(lengths - visible, 0) // SPLIT + 1
     num_splits = int(counts[counts > 1].sum())
     q_kind, kv_kind = KINDS[q.dtype], KINDS[kv_layer.dtype]
-    factors = head_factors(heads, scale * LOG2E, WIDENED.get(kv_kind, 1.0), None)
+    factors = head_factors(heads, scale, WIDENED.get(kv_kind, 1.0), None)
     states = torch.empty((num_splits, heads, state_size(size)))
     element, of_scores = BYTES[kv_kind], factors.ctypes.data
     arguments = threads.pack(
@@ -250,7 +250,7 @@ def _prepare(
 
 
 def head_factors(heads: int, scale: float, widened: float, kv_scales: torch.Tensor | None) -> np.ndarray:
-    """[2, Hq] float32: what scores and what values are multiplied with."""
+    """[2, Hq] float32: what scores, as powers of 2, and what values are multiplied with."""
     if kv_scales is None:
         return _plain_factors(heads, scale, widened)
     of_heads: np.ndarray = kv_scales.float().numpy().repeat(heads // kv_scales.shape[1], 1)
@@ -260,4 +260,4 @@ def head_factors(heads: int, scale: float, widened: float, kv_scales: torch.Tens
 
 @functools.lru_cache(maxsize=64)
 def _plain_factors(heads: int, scale: float, widened: float) -> np.ndarray:
-    return np.repeat(np.array([[scale * widened], [widened]], np.float32), heads, 1)
+    return np.repeat(np.array([[scale * LOG2E * widened], [widened]], np.float32), heads, 1)

@@ -21,7 +21,7 @@ from quire.kernels.cpu.decode import head_factors
 from quire.kernels.cpu.threads import pointer, thread
 from quire.kernels.cpu.threads import threads as num_threads
 from quire.kernels.cpu.tile import MAX_TILE, attend_tile, clear, dots, finish_head, state_size, total_weight
-from quire.kernels.cpu.vector import BYTES, KINDS, LOG2E, WIDENED
+from quire.kernels.cpu.vector import BYTES, KINDS, WIDENED
 
 STATES = 32
 """Queries times heads of a group: their states fit the first-level cache beside a tile."""
@@ -123,7 +123,7 @@ def prefill(
     block_size, kv_heads = kv_layer.shape[2:4]
     starts, counts, lengths = (np.ascontiguousarray(x, np.int32) for x in (query_starts, num_queries, seq_lens))
     q_kind, kv_kind = KINDS[q.dtype], KINDS[kv_layer.dtype]
-    factors = head_factors(heads, scale * LOG2E, WIDENED.get(kv_kind, 1.0), kv_scales)
+    factors = head_factors(heads, scale, WIDENED.get(kv_kind, 1.0), kv_scales)
     element = BYTES[kv_kind]
     arguments = threads.pack(
         len(lengths), heads, kv_heads, block_size, int(lengths.max()) if window is None else window,

@@ -91,6 +91,8 @@ def test_what_is_computed_is_shared_within_a_salt() -> None:
         assert [hits(llm, PROMPT) for _ in range(2)] == [0, full]
         salted: Prompt = {"prompt": PROMPT, "cache_salt": "tenant"}
         assert [hits(llm, salted) for _ in range(2)] == [0, full]
+        assert llm.scheduler.memory().blocks_cached == llm.reset_prefix_cache() > 0
+        assert [hits(llm, PROMPT) for _ in range(2)] == [0, full]
         for salt in ("x" * 129, "a\nb", 7):
             with pytest.raises(InvalidRequest, match="cache_salt"):
                 hits(llm, {"prompt": PROMPT, "cache_salt": salt})

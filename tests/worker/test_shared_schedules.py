@@ -25,7 +25,7 @@ from quire.worker import swap
 from quire.worker.config import WorkerConfig
 from quire.worker.runner import Runner
 
-LIVES = 40
+LIVES = 60
 MAX_MODEL_LEN = 28
 BLOCK_BYTES = 8
 """Of one token's."""
