@@ -98,13 +98,13 @@ def draw(figure: Figure, folder: Path) -> list[Path]:
     columns = min(3, len(figure.plots))
     lines = -(-len(figure.plots) // columns)
     canvas, axes = pyplot.subplots(
-        lines, columns, figsize=(4.6 * columns, 3.6 * lines), layout="constrained", squeeze=False
+        lines, columns, figsize=(max(6.4, 4.6 * columns), 3.6 * lines), layout="constrained", squeeze=False
     )
     for axis in axes.flat[len(figure.plots) :]:
         axis.set_axis_off()
     for axis, plot in zip(axes.flat, figure.plots, strict=False):
         _draw_plot(axis, plot)
-    canvas.suptitle(f"{figure.name}: {figure.title}")
+    canvas.suptitle(f"{figure.name}: {figure.title}", fontsize="medium")
     written = []
     for suffix in plots.FORMATS:
         file = folder / f"{file_name(figure)}.{suffix}"
@@ -134,4 +134,4 @@ def _draw_plot(axis, plot: Plot) -> None:  # type: ignore[no-untyped-def]
         axis.tick_params(axis="x", labelrotation=20, labelsize="small")
     axis.set(title=plot.title, xlabel=plot.xlabel, ylabel=plot.ylabel, ylim=(0, plot.top))
     axis.grid(alpha=0.3)
-    axis.legend(fontsize="x-small")
+    axis.legend(fontsize="x-small", framealpha=0.9)

@@ -98,13 +98,14 @@ class BlockPool:
         self._ref_counts[block] = 1
 
     def forget_free(self) -> int:
-        """Free blocks hold nothing any more; returns how many did. O(free)."""
+        """Free blocks hold nothing any more, and are the next to be taken; returns how many did. O(free)."""
         blocks = [block for block in self.free_blocks() if self._content[block] is not None]
         for block in blocks:
+            self.refer(block)
             content, self._content[block] = self._content[block], None
-            if content is not None:
-                del self._holder[content]
-        self.num_cached = 0
+            assert content is not None
+            del self._holder[content]
+            self.release(block)
         return len(blocks)
 
     def _unlink(self, block: int) -> None:

@@ -215,8 +215,8 @@ class FakeWorker:
         row.computed += count
 
     def _is_read_only(self, index: int, position: int) -> bool:
-        """Whether the others who use the row's block count this position as computed: they were admitted to a prefix that
-        is computed in this very step, and everything is written before anything is read."""
+        """Whether the others who use the row's block count this position as computed: they were admitted to a prefix
+        that is computed in this very step, and everything is written before anything is read."""
         block = self.rows[index].blocks[position // self.block_size]
         others = [row for i, row in self.rows.items() if i != index and block in row.blocks]
         return all(row.computed > position for row in others)

@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import NamedTuple
 
 import numpy as np
 
 from quire.protos import worker_pb2
 from quire.worker.checks import PlanError, check_different, check_ids, ints, occurrence, records
 from quire.worker.sampler import RowSettings
-from quire.worker.work import Changes, Work
+from quire.worker.work import Admission, Changes, Checked, Copy, Work
 
 KNOWN, COMPUTED, PROMPT, BLOCKS = range(4)
 """Lines of the counts: tokens known, tokens whose KV is computed, prompt tokens, blocks in the table."""
@@ -39,46 +38,6 @@ class TableSize:
     @property
     def blocks_per_row(self) -> int:
         return -(-self.max_model_len // self.block_size)
-
-
-@dataclass(frozen=True, slots=True)
-class Admission:
-    row: int
-    token_ids: np.ndarray
-    """[n] int32."""
-    block_ids: np.ndarray
-    """[m] int32."""
-    settings: RowSettings
-
-
-class Copy(NamedTuple):
-    """A row that becomes a copy of another, and how much of it there is to copy."""
-
-    parent: int
-    child: int
-    seed: int
-    num_tokens: int
-    num_blocks: int
-
-
-@dataclass(frozen=True, slots=True)
-class Checked:
-    """What a plan does to the rows, in this order; arrays [n] int64."""
-
-    retired: np.ndarray
-    admissions: list[Admission]
-    forks: list[Copy]
-    told: np.ndarray
-    """[n, 2]: rows and tokens."""
-    positions: np.ndarray
-    """Of these tokens."""
-    replaced: np.ndarray
-    """[n, 3]: rows, entries of their tables, and blocks."""
-    extended: tuple[np.ndarray, np.ndarray, np.ndarray]
-    """The same, apart."""
-    work: Work
-    branches: list[Copy]
-    """They share their parents' known tokens, all computed by this step's end."""
 
 
 class RowCounts:

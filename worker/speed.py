@@ -20,8 +20,8 @@ LINK_BYTES = 32 << 20
 FEWEST_TOKENS, MOST_TOKENS = 32, 512
 """Of the prompts that are timed."""
 
-LONG_S = 0.05
-"""A prompt that takes so long says enough."""
+LONG_S, TOO_LONG_S = 0.05, 0.5
+"""A prompt that takes so long says enough, if there was a shorter one; and in any case."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,17 +50,26 @@ def measure_link(mover: BlockMover, pool: KVPool) -> float:
 
 
 def measure_prefill(compute: Callable[[int], None], most: int, tp: TensorParallel, device: torch.device) -> float:
-    """Tokens per second of the longest of some prompts, ever longer until one takes a while; `compute` runs one of so
-    many tokens. On several ranks: on all of them at once."""
-    num_tokens = min(FEWEST_TOKENS, most)
-    taken = _time_of(compute, num_tokens)
-    while tp.least(num_tokens < min(MOST_TOKENS, most) and taken < LONG_S, device):
-        num_tokens = min(2 * num_tokens, most)
-        taken = _time_of(compute, num_tokens)
-    if tp.least(taken < LONG_S, device):
+    """Tokens per second of a prompt, beyond what any step takes: from the two longest of some prompts, each twice as
+    long as the one before, until one takes a while; `compute` runs one of so many tokens. On several ranks: on all of
+    them at once."""
+    lengths = [min(FEWEST_TOKENS, most)]
+    times = [_time_of(compute, lengths[0])]
+
+    def is_below(limit: float) -> bool:
+        """Alike on all ranks."""
+        return bool(tp.least(times[-1] < limit, device))
+
+    while lengths[-1] < min(MOST_TOKENS, most) and is_below(LONG_S if len(times) > 1 else TOO_LONG_S):
+        lengths.append(min(2 * lengths[-1], most))
+        times.append(_time_of(compute, lengths[-1]))
+    if is_below(LONG_S):
         # Whatever the first prompt of a length has to wait for is no part of it.
-        taken = _time_of(compute, num_tokens)
-    return num_tokens / taken
+        times[-2:] = [_time_of(compute, length) for length in lengths[-2:]]
+    if len(times) == 1:
+        return lengths[0] / times[0]
+    # Of a device that is not busy with either, the difference says nothing.
+    return (lengths[-1] - lengths[-2]) / max(times[-1] - times[-2], times[-1] / 4)
 
 
 def _time_of(compute: Callable[[int], None], num_tokens: int) -> float:

@@ -14,9 +14,9 @@ import torch
 from quire.kernels import dispatch
 from quire.kernels.step_inputs import COPY, RowTensors
 from quire.protos import worker_pb2
-from quire.worker.counts import Admission, Checked, Copy, RowCounts, TableSize
+from quire.worker.counts import RowCounts, TableSize
 from quire.worker.sampler import Sampler
-from quire.worker.work import Changes, Work, Write
+from quire.worker.work import Admission, Changes, Checked, Copy, Work, Write
 
 
 class RowTable:

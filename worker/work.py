@@ -1,12 +1,15 @@
-"""What a plan comes to: what the rows of a step compute, and what the device's copy of them must be told before."""
+"""What a plan comes to when it has been checked: what it does to the rows, what they compute, and what the device must
+be told before."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
 from quire.kernels.step_inputs import COPY
+from quire.worker.sampler import RowSettings
 
 NO_COPIES = np.empty((0, COPY), np.int32)
 
@@ -62,3 +65,43 @@ class Work:
     """Every row computes one token and samples one more, and nobody else does."""
 
     changes: Changes
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    row: int
+    token_ids: np.ndarray
+    """[n] int32."""
+    block_ids: np.ndarray
+    """[m] int32."""
+    settings: RowSettings
+
+
+class Copy(NamedTuple):
+    """A row that becomes a copy of another, and how much of it there is to copy."""
+
+    parent: int
+    child: int
+    seed: int
+    num_tokens: int
+    num_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What a plan does to the rows, in this order; arrays [n] int64."""
+
+    retired: np.ndarray
+    admissions: list[Admission]
+    forks: list[Copy]
+    told: np.ndarray
+    """[n, 2]: rows and tokens."""
+    positions: np.ndarray
+    """Of these tokens."""
+    replaced: np.ndarray
+    """[n, 3]: rows, entries of their tables, and blocks."""
+    extended: tuple[np.ndarray, np.ndarray, np.ndarray]
+    """The same, apart."""
+    work: Work
+    branches: list[Copy]
+    """They share their parents' known tokens, all computed by this step's end."""

@@ -63,3 +63,32 @@ def test_any_walk_keeps_the_books_balanced(actions):
             pool.release(held.pop(pick % len(held)))
         pool.audit([held])
     assert set(held).isdisjoint(pool.free_blocks())
+
+
+def test_content_is_found_until_its_block_is_taken_the_longest_unused_first():
+    pool = BlockPool(4)
+    blocks = [pool.allocate() for _ in range(4)]
+    for block in blocks[:3]:
+        pool.remember(block, bytes([block]))
+    pool.remember(3, bytes([0]))  # held already
+    for block in (1, 3, 0, 2):
+        pool.release(block)
+    assert pool.free_blocks() == [3, 1, 0, 2] and (pool.num_free, pool.num_cached) == (4, 3)
+    assert pool.find(bytes([0])) == 0
+    pool.refer(0)  # out of the middle, with its content
+    assert pool.free_blocks() == [3, 1, 2] and pool.find(bytes([0])) == 0 and pool.num_cached == 2
+    assert [pool.allocate(), pool.allocate()] == [3, 1] and pool.find(bytes([1])) is None
+    pool.audit([[0], [3], [1]])
+    pool.refer(0)
+    assert pool.ref_count(0) == 2 and pool.num_cached == 1
+
+
+def test_what_is_forgotten_is_taken_first():
+    pool = BlockPool(4)
+    for block in (pool.allocate(), pool.allocate()):
+        pool.remember(block, bytes([block]))
+        pool.release(block)
+    assert pool.free_blocks() == [2, 3, 0, 1]
+    assert pool.forget_free() == 2 and pool.num_cached == 0
+    assert pool.free_blocks() == [1, 0, 2, 3] and pool.find(bytes([0])) is None
+    pool.audit([])

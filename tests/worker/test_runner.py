@@ -409,9 +409,9 @@ def test_a_swap_space_that_the_machine_cannot_hold_is_refused(monkeypatch):
     pool = dict(num_gpu_blocks_override=40)
     assert measure(**pool, swap_space_bytes=1 << 40) == 40  # no more is used than the pool has
     monkeypatch.setattr(memory, "available_memory", lambda: 79_999)
-    with pytest.raises(SwapTooLarge, match="40000 bytes of swap space .* into the 39999 bytes .* lower --swap-space"):
+    with pytest.raises(SwapTooLarge, match=r"40000 bytes of swap space .* into the 39999 bytes .* lower --swap-space"):
         measure(**pool, swap_space_bytes=1 << 40)
-    with pytest.raises(SwapTooLarge, match="for each of 2 ranks .* -1 bytes"):
+    with pytest.raises(SwapTooLarge, match=r"for each of 2 ranks .* -1 bytes"):
         measure(**pool, swap_space_bytes=1000, tensor_parallel_size=2)
     assert measure(**pool, swap_space_bytes=39_999) == 40
 

@@ -10,6 +10,7 @@ from hash_model import expected_tokens, load_hash_decoder
 from worker_plans import admit, plan, unpacked
 
 from quire.protos import worker_pb2
+from quire.worker import speed
 from quire.worker.checks import PlanError
 from quire.worker.config import WorkerConfig
 from quire.worker.parallel import TensorParallel
@@ -228,20 +229,27 @@ def test_speeds_are_measured_where_there_is_a_choice() -> None:
 
 
 @pytest.mark.parametrize(
-    ("speed", "most", "wanted"), [(1e9, 2048, 512), (2000, 2048, 128), (10, 2048, 32), (1e9, 7, 7)]
+    ("step_s", "token_s", "most", "longest", "measured"),
+    [
+        (0.0, 1e-9, 2048, 512, 1e9),
+        (0.06, 1.3e-3, 2048, 64, 1 / 1.3e-3),  # a small model on a CPU
+        (1e-2, 1e-5, 2048, 512, 2 * 512 / (1e-2 + 512e-5)),  # a device that such prompts do not fill
+        (0.0, 0.1, 2048, 32, 10),
+        (0.0, 1e-3, 7, 7, 1e3),
+        (0.0, 1e-3, 50, 50, 1e3),
+    ],
 )
 def test_prompts_are_timed_until_one_takes_a_while(
-    speed: float, most: int, wanted: int, monkeypatch: pytest.MonkeyPatch
+    step_s: float, token_s: float, most: int, longest: int, measured: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from quire.worker import speed as module
-
     now, lengths = [0.0], []
 
     def compute(num_tokens: int) -> None:
         lengths.append(num_tokens)
-        now[0] += num_tokens / speed
+        now[0] += step_s + num_tokens * token_s
 
-    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
-    measured = module.measure_prefill(compute, most, TensorParallel.single(), torch.device("cpu"))
-    assert measured == pytest.approx(speed, rel=1e-3) and lengths[-1] == wanted == max(lengths)
-    assert now[0] < max(0.3, 2 * 32 / speed)
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: now[0])
+    found = speed.measure_prefill(compute, most, TensorParallel.single(), torch.device("cpu"))
+    assert found == pytest.approx(measured, rel=1e-3)
+    assert lengths[-1] == longest == max(lengths)
+    assert now[0] < max(0.3, 40 * token_s)

@@ -8,6 +8,7 @@ equal results; a deterministic layer computes each row of its input as if it wer
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -36,8 +37,15 @@ def pack_weight(weight: torch.Tensor) -> torch.Tensor | None:
 
 
 def linear_packed(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    out: torch.Tensor = _pointwise()(x, packed, bias, "none", [], "")
     return out
+
+
+@functools.cache
+def _pointwise() -> Callable[..., torch.Tensor]:
+    """The one overload: finding it anew costs microseconds in each of fifty calls of a step."""
+    found: Callable[..., torch.Tensor] = torch.ops.mkldnn._linear_pointwise.default
+    return found
 
 
 def choose_product(weight: torch.Tensor, deterministic: bool) -> tuple[Product, torch.Tensor | None]:
