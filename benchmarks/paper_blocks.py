@@ -9,12 +9,12 @@ from dataclasses import replace
 
 from benchmarks.paper_draw import Figure, Plot, Table
 from benchmarks.paper_lab import OPT_13B, QUIRE, Lab, config_of, cost_of
-from quire.scheduler import traces
 from quire.scheduler.config import SchedulerConfig
 from quire.scheduler.scheduler import Scheduler
 from quire.scheduler.simulate import HASH_TOKENS, Simulation
-from quire.scheduler.simulated_gpu import SimulatedGpu
-from quire.scheduler.traces import Job
+from quire.scheduler.simulation import traces
+from quire.scheduler.simulation.gpu import SimulatedGpu
+from quire.scheduler.simulation.traces import Job
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 

@@ -13,14 +13,14 @@ from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 
-from quire.scheduler import traces
-from quire.scheduler.baselines import FasterTransformer, Orca, Reserve
 from quire.scheduler.config import SchedulerConfig
-from quire.scheduler.costs import PAPER_SETUPS, PYTHON_2023, CostModel, PaperSetup
 from quire.scheduler.scheduler import Scheduler
 from quire.scheduler.simulate import Report, Simulated, Simulation, Sustained, sustained_rate
-from quire.scheduler.simulated_gpu import SimulatedGpu
-from quire.scheduler.traces import Job
+from quire.scheduler.simulation import traces
+from quire.scheduler.simulation.baselines import FasterTransformer, Orca, Reserve
+from quire.scheduler.simulation.costs import PAPER_SETUPS, PYTHON_2023, CostModel, PaperSetup
+from quire.scheduler.simulation.gpu import SimulatedGpu
+from quire.scheduler.simulation.traces import Job
 
 BLOCK = 16
 MAX_LEN = 2048

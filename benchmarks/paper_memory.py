@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from benchmarks.paper_draw import Cell, Figure, Plot, Table
 from benchmarks.paper_lab import BLOCK, MAX_LEN, OPT_13B, ORCAS, QUIRE, SYSTEMS, Lab, config_of, cost_of
-from quire.scheduler.costs import PAPER_SETUPS, CostModel
 from quire.scheduler.plan import StepResult
 from quire.scheduler.simulate import Report, requests_of
-from quire.scheduler.traces import Job
+from quire.scheduler.simulation.costs import PAPER_SETUPS, CostModel
+from quire.scheduler.simulation.traces import Job
 
 # Percent of the pool: token states, reserved, internal fragmentation, external and other (Fig. 2).
 FIG_2 = {

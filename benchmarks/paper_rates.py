@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from benchmarks.paper_draw import Figure, Plot, Table
 from benchmarks.paper_lab import FASTER, LIMIT, OPT_13B, ORCAS, QUIRE, Lab, cost_of
-from quire.scheduler.costs import GRAPHS, PAPER_SETUPS, SHAPES
 from quire.scheduler.simulate import Sustained
-from quire.scheduler.traces import SYNTHETIC, Job, conversations
+from quire.scheduler.simulation.costs import GRAPHS, PAPER_SETUPS, SHAPES
+from quire.scheduler.simulation.traces import SYNTHETIC, Job, conversations
 
 SECONDS = {"sharegpt": 900.0, "alpaca": 240.0, "wmt16": 240.0, "chat": 900.0}
 """Of arrivals: an overload shows when its backlog has grown to the limit."""

@@ -23,10 +23,10 @@ from quire.cluster.streams import Stream
 from quire.protos import generation_pb2, generation_pb2_grpc
 from quire.scheduler.config import SchedulerConfig
 from quire.scheduler.engine import Engine
-from quire.scheduler.explain import Lives
+from quire.scheduler.explaining.explain import Lives
 from quire.scheduler.params import InvalidRequest, QueueFull
 from quire.scheduler.plan import StepEvents
-from quire.scheduler.record import Recorder, RecordingScheduler
+from quire.scheduler.recording.record import Recorder, RecordingScheduler
 from quire.scheduler.request import ModelLimits, Request, check_cache_salt, check_prompt
 from quire.scheduler.scheduler import Scheduler
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from quire.cluster.config import ConfigError
-from quire.scheduler.recording import RecordingError
-from quire.scheduler.replay import Replay, replay
-from quire.scheduler.rerun import compare
+from quire.scheduler.recording.file import RecordingError
+from quire.scheduler.recording.replay import Replay, replay
+from quire.scheduler.recording.rerun import compare
 
 if TYPE_CHECKING:
     from quire.protos import generation_pb2 as pb

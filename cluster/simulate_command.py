@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quire.cluster.config import ConfigError
-from quire.scheduler import traces
 from quire.scheduler.config import SchedulerConfig
-from quire.scheduler.costs import GPUS, SHAPES, CostModel, Gpu, Shape, Work
 from quire.scheduler.scheduler import Scheduler
 from quire.scheduler.simulate import Report, Simulation, percentile, sustained_rate
-from quire.scheduler.simulated_gpu import SimulatedGpu
-from quire.scheduler.traces import Job, TraceError
+from quire.scheduler.simulation import traces
+from quire.scheduler.simulation.costs import GPUS, SHAPES, CostModel, Gpu, Shape, Work
+from quire.scheduler.simulation.gpu import SimulatedGpu
+from quire.scheduler.simulation.traces import Job, TraceError
 
 COUNTS = (1, 2, 4, 8)
 """Numbers of GPUs that are tried where none is given."""

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from itertools import chain
 
 from quire.protos import generation_pb2, worker_pb2
-from quire.scheduler.explain import Explanation, Moment, Sums
+from quire.scheduler.explaining.explain import Explanation, Moment, Sums
 from quire.scheduler.params import InvalidRequest, SamplingParams
 from quire.scheduler.plan import Admission, Logprobs, StepPlan, StepResult
 from quire.scheduler.reserved import PrefixStatus

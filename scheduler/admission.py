@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from quire.scheduler import journal as events_of
 from quire.scheduler.blocks import AuditError
 from quire.scheduler.draft import Draft
+from quire.scheduler.explaining import journal as events_of
+from quire.scheduler.explaining.journal import Wait
 from quire.scheduler.groups import Group
-from quire.scheduler.journal import Wait
 from quire.scheduler.leaving import Leaving
 from quire.scheduler.sequence import Join, Status
 from quire.scheduler.serving import Serving

@@ -6,8 +6,8 @@ use.
 
 from __future__ import annotations
 
-from quire.scheduler import journal as events_of
 from quire.scheduler.blocks import AuditError
+from quire.scheduler.explaining import journal as events_of
 from quire.scheduler.groups import Group
 from quire.scheduler.plan import Admission
 from quire.scheduler.preemption import Costs, prefers_swap

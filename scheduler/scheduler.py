@@ -14,15 +14,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 
-from quire.scheduler import journal as events_of
 from quire.scheduler.admission import AdmissionControl, most_blocks
 from quire.scheduler.audit import audit_state
 from quire.scheduler.beam import BeamSearch
 from quire.scheduler.blocks import AuditError
 from quire.scheduler.config import SchedulerConfig
 from quire.scheduler.draft import Changes, Draft, Flight
+from quire.scheduler.explaining import journal as events_of
+from quire.scheduler.explaining.journal import Journal
 from quire.scheduler.groups import Group
-from quire.scheduler.journal import Journal
 from quire.scheduler.leaving import Leaving
 from quire.scheduler.params import InvalidRequest, QueueFull, SamplingParams
 from quire.scheduler.plan import Answer, StepEvents, StepPlan, StepResult

@@ -9,10 +9,10 @@ from __future__ import annotations
 from bisect import insort
 from typing import NamedTuple
 
-from quire.scheduler import journal as events_of
 from quire.scheduler.beam import Move, answers_of
 from quire.scheduler.blocks import AuditError
 from quire.scheduler.draft import Flight
+from quire.scheduler.explaining import journal as events_of
 from quire.scheduler.groups import Group
 from quire.scheduler.leaving import Leaving
 from quire.scheduler.plan import Answer, Fork, Logprobs, StepResult

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
-from quire.scheduler import journal as events_of
 from quire.scheduler.draft import Draft
+from quire.scheduler.explaining import journal as events_of
 from quire.scheduler.groups import Group
 from quire.scheduler.leaving import Leaving
 from quire.scheduler.plan import Admission, Fork

@@ -14,14 +14,14 @@ from functools import cache
 from itertools import repeat
 from typing import Protocol
 
-from quire.scheduler.baselines import ContiguousTables
 from quire.scheduler.params import SamplingParams
 from quire.scheduler.plan import StepEvents, StepPlan, StepResult
 from quire.scheduler.request import Request
-from quire.scheduler.simulated_gpu import SimulatedGpu
+from quire.scheduler.simulation.baselines import ContiguousTables
+from quire.scheduler.simulation.gpu import SimulatedGpu
+from quire.scheduler.simulation.traces import Job
 from quire.scheduler.stats import Counters, MemoryUse
 from quire.scheduler.tables import BlockTables
-from quire.scheduler.traces import Job
 
 HASH_TOKENS = 512
 """Tokens of the block that one of a trace's prefix hashes stands for."""

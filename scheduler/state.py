@@ -8,7 +8,7 @@ from itertools import chain
 from quire.scheduler.blocks import BlockPool
 from quire.scheduler.config import SchedulerConfig
 from quire.scheduler.draft import Changes
-from quire.scheduler.journal import Event, Journal
+from quire.scheduler.explaining.journal import Event, Journal
 from quire.scheduler.prefix_cache import PrefixCache
 from quire.scheduler.progress import InProgress
 from quire.scheduler.request import Request

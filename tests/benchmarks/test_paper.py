@@ -9,7 +9,7 @@ import pytest
 from benchmarks import paper, paper_blocks, paper_memory, paper_rates, plots
 from benchmarks.paper_draw import Figure, Plot, Table, draw, markdown_of, text_of
 from benchmarks.paper_lab import OPT_13B, QUIRE, SYSTEMS, Lab
-from quire.scheduler.traces import Job
+from quire.scheduler.simulation.traces import Job
 
 LAB = Lab(scale=0.01)
 

@@ -25,9 +25,9 @@ from quire.cluster.relay import RelayService, RelayStub
 from quire.protos import generation_pb2 as pb
 from quire.protos import generation_pb2_grpc as pb_grpc
 from quire.scheduler.config import SchedulerConfig
-from quire.scheduler.explain import Explanation, Moment, Sums
+from quire.scheduler.explaining.explain import Explanation, Moment, Sums
 from quire.scheduler.plan import StepPlan, StepResult
-from quire.scheduler.replay import replay
+from quire.scheduler.recording.replay import replay
 from quire.scheduler.request import ModelLimits
 
 LIMITS = SchedulerConfig(num_blocks=20, block_size=4, max_model_len=64, max_num_seqs=8, max_num_batched_tokens=32)
@@ -219,7 +219,9 @@ def test_a_decision_that_is_no_longer_taken_is_exit_code_1(
             await asyncio.to_thread(_crowd, client)
 
     asyncio.run(scenario())
-    monkeypatch.setattr("quire.scheduler.replay.changed", lambda config, _: replace(config, max_num_batched_tokens=8))
+    monkeypatch.setattr(
+        "quire.scheduler.recording.replay.changed", lambda config, _: replace(config, max_num_batched_tokens=8)
+    )
     for arguments in ([], ["--set", "watermark=0.5"], ["--explain", "r1"]):
         assert cli.run(["replay", str(file), *arguments]) == 1
         out = capsys.readouterr().out

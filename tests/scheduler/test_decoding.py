@@ -7,8 +7,8 @@ from schedulers import answer, make_request, make_scheduler
 
 from quire.scheduler.blocks import AuditError
 from quire.scheduler.decoding import DecodingSet
-from quire.scheduler.scheduler import Scheduler
 from quire.scheduler.groups import Group
+from quire.scheduler.scheduler import Scheduler
 from quire.scheduler.sequence import Clock, Sequence
 from quire.scheduler.stops import NOT_A_NUMBER, StopTokens
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from quire.scheduler.explain import TURN, Lives
-from quire.scheduler.journal import (
+from quire.scheduler.explaining.explain import TURN, Lives
+from quire.scheduler.explaining.journal import (
     Added,
     Admitted,
     Blocked,
@@ -20,8 +20,8 @@ from quire.scheduler.journal import (
     Resumed,
     Wait,
 )
+from quire.scheduler.explaining.words import in_words, seconds_text
 from quire.scheduler.sequence import FinishReason
-from quire.scheduler.words import in_words, seconds_text
 
 
 class _Story:

@@ -11,17 +11,26 @@ import pytest
 from fake_worker import VOCAB, FakeWorker
 from schedulers import make_request
 
-from quire.scheduler import record, recording
 from quire.scheduler.blocks import AuditError
 from quire.scheduler.config import SchedulerConfig
 from quire.scheduler.engine import Engine
 from quire.scheduler.params import InvalidRequest, QueueFull, SamplingParams
 from quire.scheduler.plan import Admission, Logprobs, StepPlan, StepResult
-from quire.scheduler.record import Recorder, RecordingScheduler
-from quire.scheduler.recording import Kind, PlanWriter, RecordingError, dump, load, pack_result, read, unpack_result
-from quire.scheduler.replay import Watcher, changed, replay
+from quire.scheduler.recording import file, record
+from quire.scheduler.recording.file import (
+    Kind,
+    PlanWriter,
+    RecordingError,
+    dump,
+    load,
+    pack_result,
+    read,
+    unpack_result,
+)
+from quire.scheduler.recording.record import Recorder, RecordingScheduler
+from quire.scheduler.recording.replay import Watcher, changed, replay
+from quire.scheduler.recording.rerun import _Past, _Rerun, compare
 from quire.scheduler.request import ModelLimits, Request
-from quire.scheduler.rerun import _Past, _Rerun, compare
 from quire.scheduler.scheduler import Scheduler
 
 CONFIG = SchedulerConfig(
@@ -175,19 +184,19 @@ def test_a_failure_is_recorded_and_happens_again(tmp_path):
 
 def _cut_into_chunks(path, size):
     """The same records, as if the disk had been given to them in small pieces."""
-    chunk = recording.CHUNK
-    data, at, records = path.read_bytes(), len(recording.MAGIC), b""
+    chunk = file.CHUNK
+    data, at, records = path.read_bytes(), len(file.MAGIC), b""
     while at < len(data):
         length, _ = chunk.unpack_from(data, at)
         records += zlib.decompress(data[at + chunk.size : at + chunk.size + length])
         at += chunk.size + length
     pieces, start, end = [], 0, 0
     while end < len(records):
-        end += recording.RECORD.size + recording.RECORD.unpack_from(records, end)[2]
+        end += file.RECORD.size + file.RECORD.unpack_from(records, end)[2]
         if end - start >= size or end == len(records):
             pieces.append(zlib.compress(records[start:end]))
             start = end
-    path.write_bytes(recording.MAGIC + b"".join(chunk.pack(len(piece), zlib.crc32(piece)) + piece for piece in pieces))
+    path.write_bytes(file.MAGIC + b"".join(chunk.pack(len(piece), zlib.crc32(piece)) + piece for piece in pieces))
 
 
 def test_a_file_cut_anywhere_is_read_to_its_last_whole_chunk(tmp_path):
@@ -198,7 +207,7 @@ def test_a_file_cut_anywhere_is_read_to_its_last_whole_chunk(tmp_path):
     rng = random.Random(1)
     counts = set()
     for _ in range(30):
-        size = rng.randrange(len(recording.MAGIC), len(data))
+        size = rng.randrange(len(file.MAGIC), len(data))
         (tmp_path / "cut").write_bytes(data[:size])
         records = list(read(tmp_path / "cut"))
         assert records == whole[: len(records)] and len(records) < len(whole)
@@ -214,7 +223,7 @@ def test_what_is_no_recording_is_told(tmp_path):
     (tmp_path / "text").write_text("hello")
     with pytest.raises(RecordingError, match="is no recording: give a file that `quire serve --record` has written"):
         replay(tmp_path / "text")
-    (tmp_path / "empty").write_bytes(recording.MAGIC)
+    (tmp_path / "empty").write_bytes(file.MAGIC)
     with pytest.raises(RecordingError, match="nothing was recorded"):
         replay(tmp_path / "empty")
 
@@ -223,7 +232,7 @@ def test_damage_in_the_middle_is_told(tmp_path):
     _record(tmp_path / "run")
     _cut_into_chunks(tmp_path / "run", 1000)
     data = bytearray((tmp_path / "run").read_bytes())
-    first = len(recording.MAGIC)
+    first = len(file.MAGIC)
     for change in (slice(first + 13, first + 14), slice(first, first + 8), slice(first + 3, first + 4)):
         broken = data.copy()
         broken[change] = bytes(len(broken[change])) if change.start == first else b"\xff"

@@ -8,16 +8,16 @@ from dataclasses import replace
 
 import pytest
 
-from quire.scheduler import traces
-from quire.scheduler.baselines import FasterTransformer, Orca, Reserve
 from quire.scheduler.config import SchedulerConfig
-from quire.scheduler.costs import GPUS, PAPER_SETUPS, PYTHON_2023, SHAPES, CostModel, Overhead, Work
-from quire.scheduler.likelihoods import Likelihoods
 from quire.scheduler.params import InvalidRequest
 from quire.scheduler.scheduler import Scheduler
 from quire.scheduler.simulate import HASH_TOKENS, Report, Simulation, percentile, prompt_of, requests_of, sustained_rate
-from quire.scheduler.simulated_gpu import SimulatedGpu
-from quire.scheduler.traces import SYNTHETIC, Job
+from quire.scheduler.simulation import traces
+from quire.scheduler.simulation.baselines import FasterTransformer, Orca, Reserve
+from quire.scheduler.simulation.costs import GPUS, PAPER_SETUPS, PYTHON_2023, SHAPES, CostModel, Overhead, Work
+from quire.scheduler.simulation.gpu import SimulatedGpu
+from quire.scheduler.simulation.likelihoods import Likelihoods
+from quire.scheduler.simulation.traces import SYNTHETIC, Job
 
 OPT = SHAPES["opt-13b"]
 A100 = GPUS["a100-40gb"]

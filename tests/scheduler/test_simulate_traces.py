@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quire.scheduler import traces
 from quire.scheduler.blocks import AuditError
-from quire.scheduler.buddy import Buddy
-from quire.scheduler.traces import SYNTHETIC, Job, TraceError
+from quire.scheduler.simulation import traces
+from quire.scheduler.simulation.buddy import Buddy
+from quire.scheduler.simulation.traces import SYNTHETIC, Job, TraceError
 
 HEADER = "arrival_s,prompt_tokens,output_tokens,prefix_hashes\n"
 

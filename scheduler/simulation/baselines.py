@@ -12,7 +12,6 @@ from collections import deque
 from dataclasses import replace
 
 from quire.scheduler.blocks import AuditError, BlockPool
-from quire.scheduler.buddy import Buddy
 from quire.scheduler.config import SchedulerConfig
 from quire.scheduler.groups import Group
 from quire.scheduler.params import InvalidRequest
@@ -20,6 +19,7 @@ from quire.scheduler.plan import Admission, StepEvents, StepPlan, StepResult
 from quire.scheduler.request import Request
 from quire.scheduler.scheduler import Scheduler
 from quire.scheduler.sequence import FinishReason, Sequence
+from quire.scheduler.simulation.buddy import Buddy
 from quire.scheduler.stats import Counters, MemoryUse
 from quire.scheduler.tables import BlockTables
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from quire.scheduler.journal import (
+from quire.scheduler.explaining.journal import (
     Added,
     Admitted,
     Blocked,
@@ -26,7 +26,7 @@ from quire.scheduler.journal import (
     Preempted,
     Resumed,
 )
-from quire.scheduler.words import count, in_words, seconds_text
+from quire.scheduler.explaining.words import count, in_words, seconds_text
 
 TURN = "its turn"
 """What a request waits for until it is the first in the queue."""

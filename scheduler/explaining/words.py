@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from quire.scheduler.journal import (
+from quire.scheduler.explaining.journal import (
     Added,
     Admitted,
     Blocked,

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from quire.scheduler.config import SchedulerConfig
-from quire.scheduler.journal import Journal
+from quire.scheduler.explaining.journal import Journal
 from quire.scheduler.plan import StepEvents, StepPlan, StepResult
-from quire.scheduler.recording import CHUNK, MAGIC, RECORD, Kind, PlanWriter, dump, pack_result
+from quire.scheduler.recording.file import CHUNK, MAGIC, RECORD, Kind, PlanWriter, dump, pack_result
 from quire.scheduler.request import Request
 from quire.scheduler.scheduler import Scheduler
 

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from quire.scheduler.config import SchedulerConfig
-from quire.scheduler.explain import Lives
+from quire.scheduler.explaining.explain import Lives
 from quire.scheduler.plan import StepEvents, StepPlan, StepResult
-from quire.scheduler.record import error_text, outcome_of
-from quire.scheduler.recording import Kind, PlanWriter, Record, RecordingError, dump, load, read, unpack_result
+from quire.scheduler.recording.file import Kind, PlanWriter, Record, RecordingError, dump, load, read, unpack_result
+from quire.scheduler.recording.record import error_text, outcome_of
 from quire.scheduler.request import Request
 from quire.scheduler.scheduler import Scheduler
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from quire.scheduler.engine import Engine
 from quire.scheduler.params import InvalidRequest, QueueFull, SamplingParams
 from quire.scheduler.plan import Admission, Logprobs, StepEvents, StepPlan, StepResult
-from quire.scheduler.replay import Difference, Replay, Watcher, changed, replay
+from quire.scheduler.recording.replay import Difference, Replay, Watcher, changed, replay
 from quire.scheduler.request import Request
 from quire.scheduler.scheduler import Scheduler
 from quire.scheduler.stats import Counters

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from itertools import repeat
 
-from quire.scheduler.costs import CostModel, Work
-from quire.scheduler.likelihoods import Likelihoods
 from quire.scheduler.plan import Admission, Logprobs, StepPlan, StepResult
+from quire.scheduler.simulation.costs import CostModel, Work
+from quire.scheduler.simulation.likelihoods import Likelihoods
 
 
 class SimulatedGpu:
