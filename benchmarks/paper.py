@@ -3,8 +3,8 @@
     python -m benchmarks.paper [--only 12,13] [--traces DIR] [--out DIR] [--quick]
 
 Needs no GPU: a cost model of the paper's machines moves the clock (quire.scheduler.simulation.costs). Prints every
-figure as a table; with --out it writes tables.md, and each figure as SVG and PNG where matplotlib is installed. Traces come from
---traces or QUIRE_TRACES; without them lengths are drawn to the published means.
+figure as a table; with --out it writes tables.md, and each figure as SVG and PNG where matplotlib is installed. Traces
+come from --traces or QUIRE_TRACES; without them lengths are drawn to the published means.
 """
 
 from __future__ import annotations
