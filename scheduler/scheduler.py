@@ -325,6 +325,18 @@ class Scheduler:
             swap_blocks_used=tables.swap.num_blocks - tables.swap.num_free,
         )
 
+    def slots_kept_for_preempted(self) -> int:
+        """Of the slots in cached blocks, those whose KV preempted requests will find when they come back, if they come
+        back now. O(their blocks)."""
+        num_blocks = 0
+        for group in self.waiting:
+            if not group.num_preemptions:
+                break
+            num_blocks += sum(
+                len(self.state.cache.find(s, s.num_tokens // self.config.block_size)) for s in group.sequences
+            )
+        return num_blocks * self.config.block_size
+
     def audit(self) -> None:
         """Check every invariant. Raises AuditError. O(pool): for tests and idle moments."""
         audit_state(self.state, self.memory())

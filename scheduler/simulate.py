@@ -41,6 +41,8 @@ class Simulated(Protocol):
 
     def memory(self) -> MemoryUse: ...
 
+    def slots_kept_for_preempted(self) -> int: ...
+
 
 @dataclass(slots=True)
 class Averages:
@@ -55,6 +57,8 @@ class Averages:
     """Of the pool; the following are slots too."""
     filled: float = 0.0
     """Hold KV; what sequences share counts once."""
+    returning: float = 0.0
+    """Of those that count as free: hold KV that preempted requests will find."""
     reserved: float = 0.0
     """Will be filled by the requests for which they are kept."""
     internal: float = 0.0
@@ -201,6 +205,7 @@ class Simulation:
         sums.steps += 1
         sums.rows += rows * seconds
         sums.filled += filled * seconds
+        sums.returning += self.scheduler.slots_kept_for_preempted() * seconds
         sums.reserved += (needed - filled) * seconds
         sums.internal += (kept - needed) * seconds
         sums.other += (slots - kept) * seconds

@@ -192,6 +192,10 @@ class FasterTransformer:
         self._retired = tuple(sequence.row for sequence in ended)
         return StepEvents(ended, result.token_ids, dict.fromkeys(range(len(ended)), FinishReason.LENGTH))
 
+    def slots_kept_for_preempted(self) -> int:
+        """Nobody is preempted."""
+        return 0
+
     def memory(self) -> MemoryUse:
         pool, size = self.tables.pool, self.config.block_size
         used = pool.num_blocks - pool.num_free

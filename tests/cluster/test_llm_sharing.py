@@ -10,6 +10,7 @@ import pytest
 from quire.cluster.llm import LLM, CompletionOutput, Prompt, SamplingParams
 from quire.scheduler.params import InvalidRequest
 from quire.scheduler.plan import StepPlan
+from quire.scheduler.request import Request
 
 PROMPT = (
     "Once upon a time there was a fox named Mia. Mia had a red key and a blue cup, and she lived near the old mill."
@@ -43,6 +44,20 @@ def test_the_best_of_more_samples_are_the_answers(llm: LLM) -> None:
     assert [a.score for a in best] == pytest.approx([means[s.index] for s in expected])
     assert [a.cumulative_logprob for a in best] == pytest.approx([s.cumulative_logprob for s in expected])
     assert [len(a.logprobs or ()) for a in best] == [len(a.token_ids) for a in best]
+
+
+def test_samples_are_single_requests_with_the_seeds_derived_from_theirs(llm: LLM) -> None:
+    params = SamplingParams(n=4, seed=77, max_tokens=16)
+    ids = llm.tokenizer.encode(PROMPT) if llm.tokenizer else []
+    request = Request.checked("r", ids, params, 77, llm.config.limits)
+    single = [replace(params, n=1, seed=request.sample_seed(index)) for index in range(4)]
+    copied = llm.scheduler.counters.copied_blocks
+    samples = [sample.token_ids for sample in answers(llm, PROMPT, params)]
+    assert samples == [answers(llm, PROMPT, each)[0].token_ids for each in single]
+    assert len(set(map(tuple, samples))) > 1
+    assert (
+        len(ids) % 16 and llm.scheduler.counters.copied_blocks - copied == 3
+    )  # the last block, once fewer than samples
 
 
 def test_beams_come_best_first_with_text_and_score(llm: LLM) -> None:

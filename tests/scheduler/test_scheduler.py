@@ -257,3 +257,18 @@ def test_log_probabilities_stay_with_their_tokens_when_others_are_discarded():
         ("b", 6, None),
         ("c", 7, about[2]),
     ]
+
+
+def test_what_a_preempted_request_will_find_again_is_counted():
+    scheduler = make_scheduler(num_blocks=5, block_size=4, max_model_len=20, max_num_seqs=2, enable_prefix_caching=True)
+    for start in (10, 30):
+        scheduler.add(make_request(f"r{start}", list(range(start, start + 8)), max_model_len=20, max_tokens=12))
+    for _ in range(2):
+        answer(scheduler, scheduler.schedule())
+    # The fifth block went to the first; the second gave up its two, which are cached, and none of which is taken yet.
+    assert scheduler.counters.num_preemptions == 1 and scheduler.slots_kept_for_preempted() == 8
+    assert scheduler.memory().blocks_cached == 2
+    while scheduler.memory().blocks_cached == 2:
+        answer(scheduler, scheduler.schedule())
+    assert scheduler.slots_kept_for_preempted() == 4  # the tail was evicted before the head
+    scheduler.audit()
