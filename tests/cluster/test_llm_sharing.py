@@ -47,17 +47,17 @@ def test_the_best_of_more_samples_are_the_answers(llm: LLM) -> None:
 
 
 def test_samples_are_single_requests_with_the_seeds_derived_from_theirs(llm: LLM) -> None:
+    assert llm.tokenizer is not None
+    ids = llm.tokenizer.encode(PROMPT + " One day")
     params = SamplingParams(n=4, seed=77, max_tokens=16)
-    ids = llm.tokenizer.encode(PROMPT) if llm.tokenizer else []
     request = Request.checked("r", ids, params, 77, llm.config.limits)
     single = [replace(params, n=1, seed=request.sample_seed(index)) for index in range(4)]
     copied = llm.scheduler.counters.copied_blocks
-    samples = [sample.token_ids for sample in answers(llm, PROMPT, params)]
-    assert samples == [answers(llm, PROMPT, each)[0].token_ids for each in single]
+    samples = [sample.token_ids for sample in answers(llm, ids, params)]
+    # The last block, which is not full, once fewer than there are samples.
+    assert len(ids) % 16 and llm.scheduler.counters.copied_blocks - copied == 3
+    assert samples == [answers(llm, ids, each)[0].token_ids for each in single]
     assert len(set(map(tuple, samples))) > 1
-    assert (
-        len(ids) % 16 and llm.scheduler.counters.copied_blocks - copied == 3
-    )  # the last block, once fewer than samples
 
 
 def test_beams_come_best_first_with_text_and_score(llm: LLM) -> None:
