@@ -135,7 +135,7 @@ def plan(gpu_memory: int | None, **engine: Any) -> int:
     option("--gpus", type=int, help="GPUs that share the model.  [default: 1, 2, 4 and 8]"),
     option("--rate", type=float, help="Requests per second.  [default: the largest that keeps the limit]"),
     option("--limit", type=float, default=0.1, help="Mean latency of a request divided by its tokens, seconds."),
-    option("--duration", type=float, default=300.0, help="Seconds of arrivals to simulate."),
+    option("--duration", type=float, default=60.0, help="Seconds of arrivals to simulate."),
     option("--block-size", type=int, default=16, help="Tokens of a KV block."),
     option("--max-num-seqs", type=int, default=256, help="Sequences that run at once."),
     option("--max-num-batched-tokens", type=COUNT, default=2048, help="Tokens of the largest step."),

@@ -131,7 +131,7 @@ def _row(question: Question, jobs: Sequence[Job], shape: Shape, gpu: Gpu, count:
     if question.rate is not None:
         rate, report = question.rate, run(question.rate)
     else:
-        found = sustained_rate(run, question.limit, _guess(fitting, cost, config))
+        found = sustained_rate(run, question.limit, _guess(fitting, cost, config), tolerance=0.05)
         if found.report is None:
             return f"{label} keeps the limit at no rate"
         rate, report = found.rate, found.report
