@@ -104,7 +104,7 @@ class Leaving:
         if group.is_running:
             group.sequences.remove(sequence)
             if group.sequences:
-                state.running.promise(group)
+                state.running.settle(group)
             else:
                 state.running.leave(group)
             return

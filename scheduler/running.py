@@ -56,6 +56,15 @@ class RunningSet:
         self._num_promised += wanted - group.num_promised
         group.num_promised = wanted
 
+    def settle(self, group: Group) -> None:
+        """A sequence has left it. Who computed the prompt for that one too, and has one token left, now decodes."""
+        self.promise(group)
+        if group.search is not None or group.is_led:
+            return
+        for sequence in [s for s in self.prefilling if s.group is group and s.gap == 1]:
+            self.prefilling.remove(sequence)
+            self.decoding.enter(sequence)
+
     def start(self, sequence: Sequence) -> None:
         """Give it a row. The caller has checked that there is one for it."""
         sequence.row = self._free_rows.pop()

@@ -272,3 +272,16 @@ def test_what_a_preempted_request_will_find_again_is_counted():
         answer(scheduler, scheduler.schedule())
     assert scheduler.slots_kept_for_preempted() == 4  # the tail was evicted before the head
     scheduler.audit()
+
+
+def test_a_prompt_with_one_token_left_decodes_when_nobody_waits_for_it_any_more():
+    scheduler = make_scheduler(max_num_batched_tokens=8)
+    scheduler.add(make_request("a", prompt(9), n=2))
+    answer(scheduler, scheduler.schedule())  # 8 of its 9 tokens: the last is to be sampled from twice
+    assert scheduler.cancel("a", index=1)
+    scheduler.audit()
+    plan = scheduler.schedule()
+    assert plan.rows == (0,) and plan.num_tokens == () and plan.num_sampled == 1 and plan.branched == ()
+    answer(scheduler, plan)
+    assert scheduler.schedule().rows is scheduler.state.running.decoding.rows
+    scheduler.audit()
