@@ -31,7 +31,6 @@ class Leaving:
         self._note_preempted(group.request, by, "swap" if swaps else "recompute", num_blocks, num_tokens, costs)
         for sequence in group.sequences:
             self._stop(sequence)
-            sequence.num_preemptions += 1
         if swaps:
             state.changes.swapped_out += tables.swap_out(holders)
             group.is_swapped = True
@@ -65,7 +64,6 @@ class Leaving:
             state.waiting.num_sequences -= 1
         state.tables.free(sequence)
         sequence.forget_computed()
-        sequence.num_preemptions += 1
         group.sequences.pop()
         alone = Group(group.request, sequence.arrival)
         alone.sequences, alone.num_preemptions, alone.has_progressed = [sequence], group.num_preemptions + 1, False

@@ -72,7 +72,7 @@ class Sequence:
 
     __slots__ = (
         "_clock", "_computed_before", "arrival", "block_ids", "block_names", "capacity", "due", "gap", "group", "index",
-        "is_tail_shared", "join", "max_computed", "num_named", "num_preemptions", "num_prompt_tokens", "request", "row",
+        "is_tail_shared", "join", "max_computed", "num_named", "num_prompt_tokens", "request", "row",
         "status", "swap_ids", "token_ids",
     )  # fmt: skip
 
@@ -111,7 +111,6 @@ class Sequence:
         """Where it stands in the calendar of decoding.py; -1: nowhere."""
         self.row = -1
         self.status = Status.WAITING
-        self.num_preemptions = 0
 
     @property
     def num_computed(self) -> int:
@@ -167,7 +166,6 @@ class Sequence:
         child.token_ids = self.token_ids.copy()
         child.block_names = self.block_names.copy()
         child.num_named = self.num_named
-        child.num_preemptions = self.num_preemptions
         child.status = self.status
         child.take_numbers(self)
         return child
