@@ -7,7 +7,6 @@ from typing import Protocol
 
 import torch
 
-from quire.kernels import dispatch
 from quire.kernels.step_inputs import store_tokens
 from quire.protos import worker_pb2
 from quire.worker.batch import Batch, Parcel, StepInputs, find_shared
@@ -99,7 +98,7 @@ class Stepper:
                 self._prepare(parcel, work, moves)
             return Launched(self._transfer.fetch([]), None)
         shared = None
-        if not self._deterministic and dispatch.on_gpu(table.token_ids):
+        if not self._deterministic:
             shared = find_shared(table, work)
         padded = self._padded(work, shared is not None and is_worth_launching(shared, self._layer_bytes))
         parcel = self._inputs.load(line, work, padded)

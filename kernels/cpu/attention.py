@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from quire.kernels.attention import PagedRows
+from quire.kernels.attention import PagedRows, SharedPrefixes
 
 logger = logging.getLogger(__name__)
 
@@ -48,9 +48,8 @@ def paged_attention(
     options = Options(scale, window, slopes, kv_scales)
     tables, starts, seq_lens = rows.block_tables, rows.query_starts, rows.seq_lens
     if _only_single(rows):
-        return _decode(q, kv_layer, tables, seq_lens, options, rows.deterministic, rows.derived)
+        return _decode(q, kv_layer, tables, seq_lens, options, rows.deterministic, rows.derived, rows.shared)
     lengths = np.diff(starts)
-    decode = np.flatnonzero(lengths == 1)
     if rows.deterministic:
         # Each token as a row of its own: what it computes is then what it would compute as a single new token.
         owner = np.repeat(np.arange(len(lengths)), lengths)
@@ -64,19 +63,18 @@ def paged_attention(
         ]
         return torch.cat(parts)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    if len(decode):
-        index = torch.from_numpy(decode).to(q.device)
-        single = torch.from_numpy(starts[decode].astype(np.int64)).to(q.device)
-        out[single] = _decode(q[single], kv_layer, tables[index], seq_lens[decode], options, deterministic=False)
-    many = np.flatnonzero(lengths > 1)
+    told = _tell_apart(rows)
+    if (few := told.of_single) is not None:
+        out[told.single] = _decode(
+            q[told.single], kv_layer, few.block_tables, few.seq_lens, options, False, few.derived, few.shared
+        )
     if (compiled := _compiled(q, options)) is not None:
-        index = torch.from_numpy(many).to(q.device)
         compiled.prefill(
-            q.contiguous(), kv_layer, tables[index], starts[many], lengths[many], seq_lens[many],
-            options.scale, options.window, options.kv_scales, out,
+            q.contiguous(), kv_layer, told.tables, told.starts, told.lengths, told.seq_lens,
+            options.scale, options.window, options.kv_scales, out, rows.derived,
         )  # fmt: skip
         return out
-    for row in many:
+    for row in told.many:
         tokens = slice(int(starts[row]), int(starts[row + 1]))
         out[tokens] = _prefill(q[tokens], kv_layer, tables[row], int(seq_lens[row]), options)
     return out
@@ -88,6 +86,47 @@ def _only_single(rows: PagedRows) -> bool:
     if known is None:
         known = rows.derived[_only_single] = bool((np.diff(rows.query_starts) == 1).all())
     return known
+
+
+class _Kinds(NamedTuple):
+    """A step's rows by what they bring, told apart once a step."""
+
+    single: torch.Tensor | slice
+    """The tokens of rows that bring one; in a server's steps they are the first."""
+    of_single: PagedRows | None
+    """These rows; None: there are none."""
+    many: np.ndarray
+    """The rows that bring more; and what belongs to each of them."""
+    tables: torch.Tensor
+    starts: np.ndarray
+    lengths: np.ndarray
+    seq_lens: np.ndarray
+
+
+def _tell_apart(rows: PagedRows) -> _Kinds:
+    known: _Kinds | None = rows.derived.get(_tell_apart)
+    if known is not None:
+        return known
+    tables, starts, seq_lens = rows.block_tables, rows.query_starts, rows.seq_lens
+    lengths = np.diff(starts)
+    decode, many = np.flatnonzero(lengths == 1), np.flatnonzero(lengths > 1)
+
+    def index(places: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(places.astype(np.int64)).to(tables.device)
+
+    of_single = None
+    if len(decode):
+        shared = rows.shared
+        if shared is not None:
+            members = np.searchsorted(decode, shared.rows).astype(np.int32)
+            shared = SharedPrefixes(members, shared.starts, shared.lengths)
+        query_starts = np.arange(len(decode) + 1, dtype=np.int32)
+        of_single = PagedRows(tables[index(decode)], query_starts, seq_lens[decode], shared=shared)
+    are_first = len(decode) > 0 and int(decode[-1]) == len(decode) - 1
+    single = slice(len(decode)) if are_first else index(starts[decode])
+    told = _Kinds(single, of_single, many, tables[index(many)], starts[many], lengths[many], seq_lens[many])
+    rows.derived[_tell_apart] = told
+    return told
 
 
 def _slices(total: int, size: int) -> Iterator[slice]:
@@ -162,10 +201,12 @@ def _decode(
     options: Options,
     deterministic: bool,
     derived: dict[Hashable, Any] | None = None,  # of all rows of a step
+    shared: SharedPrefixes | None = None,
 ) -> torch.Tensor:  # [B, Hq, D]
     if (compiled := _compiled(q, options)) is not None:
         scale, window, _, kv_scales = options
-        return compiled.decode(q, kv_layer, block_tables, seq_lens, scale, window, kv_scales, derived)
+        prefixes = None if deterministic else shared
+        return compiled.decode(q, kv_layer, block_tables, seq_lens, scale, window, kv_scales, derived, prefixes)
     if not deterministic:
         return decode_gathered(q, kv_layer, block_tables, seq_lens, options)
     # Shapes and the number of threads decide how torch sums: a row alone has the same shapes in every batch.

@@ -23,11 +23,27 @@ import numpy as np
 import torch
 from numba import carray, njit
 
+from quire.kernels.attention import SharedPrefixes
 from quire.kernels.cpu import threads
+from quire.kernels.cpu.packed import packs
+from quire.kernels.cpu.shared import shared_region
 from quire.kernels.cpu.threads import pointer, thread
 from quire.kernels.cpu.threads import threads as num_threads
-from quire.kernels.cpu.tile import MAX_TILE, TOTALS, attend_tile, clear, dots, finish_head, state_size, total_weight
+from quire.kernels.cpu.tile import (
+    MAX_TILE,
+    TOTALS,
+    attend_tile,
+    clear,
+    dots,
+    finish_head,
+    go_on,
+    state_size,
+    total_weight,
+)
 from quire.kernels.cpu.vector import BYTES, KINDS, LOG2E, WIDENED
+
+NUMBERS = 23
+"""A region's arguments."""
 
 SPLIT = 256
 FEW_HEADS = 64
@@ -59,7 +75,7 @@ def _attend_region(size: int, tile: int, q_kind: int, kv_kind: int, dot: int) ->
     def attend(address):  # type: ignore[no-untyped-def]
         if version == 0:
             return
-        a = carray(pointer(address), (20,), np.int64)
+        a = carray(pointer(address), (NUMBERS,), np.int64)
         num_rows, heads, kv_heads, block_size, window = a[0], a[1], a[2], a[3], a[4]
         of_block, of_half, of_token, of_head = a[5], a[6], a[7], a[8]
         q, pool = a[9], a[10]
@@ -67,20 +83,23 @@ def _attend_region(size: int, tile: int, q_kind: int, kv_kind: int, dot: int) ->
         lengths = carray(pointer(a[13]), (num_rows,), np.int32)
         scales = carray(pointer(a[14]), (heads,), np.float32)
         factors = carray(pointer(a[18]), (heads,), np.float32)
+        begins = carray(pointer(a[20]), (num_rows,), np.int32)
+        members = carray(pointer(a[21]), (num_rows,), np.int32)
         # The states of a row of one split are this thread's alone, and stay in its first-level cache.
         storage = np.empty((heads + 1) * floats, np.float32)
         own = (storage.ctypes.data + 63) // 64 * 64
         group = heads // kv_heads
         everything = np.int64(0)
         for row in range(num_rows):
-            everything += min(np.int64(lengths[row]), window) * kv_heads
+            everything += min(np.int64(lengths[row] - begins[row]), window) * kv_heads
         low = everything * thread() // num_threads()
         high = everything * (thread() + 1) // num_threads()
         before = np.int64(0)
         split = np.int64(0)
         for row in range(num_rows):
             length = np.int64(lengths[row])
-            first = max(np.int64(0), length - window)
+            first = max(np.int64(begins[row]), length - window)
+            is_begun = members[row] >= 0
             single = first // SPLIT == (length - 1) // SPLIT
             while first < length:
                 last = min(length, (first // SPLIT + 1) * SPLIT)
@@ -92,7 +111,11 @@ def _attend_region(size: int, tile: int, q_kind: int, kv_kind: int, dot: int) ->
                 if begin < end:
                     states = own if single else a[15] + split * heads * floats * 4
                     for head in range(begin * group, end * group):
-                        clear(states + head * floats * 4, size)
+                        if is_begun:
+                            begun = a[22] + (np.int64(members[row]) * heads + head) * floats * 4
+                            go_on(states + head * floats * 4, begun, size)
+                        else:
+                            clear(states + head * floats * 4, size)
                     position = first
                     while position < last:
                         inside = position % block_size
@@ -107,7 +130,7 @@ def _attend_region(size: int, tile: int, q_kind: int, kv_kind: int, dot: int) ->
                             ahead, there = row, after
                             if there >= length:
                                 ahead = row + 1
-                                there = max(np.int64(0), np.int64(lengths[ahead]) - window)
+                                there = max(np.int64(begins[ahead]), np.int64(lengths[ahead]) - window)
                             block = np.int64(tables[ahead * a[12] + there // block_size])
                             following = pool + block * of_block + there % block_size // tile * tile * of_token
                         for kv_head in range(begin, end):
@@ -128,6 +151,7 @@ def _attend_region(size: int, tile: int, q_kind: int, kv_kind: int, dot: int) ->
                                 a[17] + (row * heads + head) * size * q_bytes,
                             )  # fmt: skip
                 first = last
+                is_begun = False
                 if not single:
                     split += 1
         storage[0] = 0  # numba frees an array after its last use
@@ -143,15 +167,16 @@ def _finish_region(size: int, q_kind: int, kv_kind: int, dot: int) -> int:
     def finish(address):  # type: ignore[no-untyped-def]
         if version == 0:
             return
-        a = carray(pointer(address), (20,), np.int64)
+        a = carray(pointer(address), (NUMBERS,), np.int64)
         num_rows, heads, window, out = a[0], a[1], a[4], a[17]
         lengths = carray(pointer(a[13]), (num_rows,), np.int32)
         factors = carray(pointer(a[18]), (heads,), np.float32)
         flat = carray(pointer(a[15]), (a[16], heads, floats), np.float32)
+        begins = carray(pointer(a[20]), (num_rows,), np.int32)
         split = np.int64(0)
         for row in range(num_rows):
             length = np.int64(lengths[row])
-            first = max(np.int64(0), length - window)
+            first = max(np.int64(begins[row]), length - window)
             count = (length - 1) // SPLIT - first // SPLIT + 1
             if count == 1:
                 continue
@@ -175,6 +200,10 @@ class _Call(NamedTuple):
     finish: int
     """0: no row has several splits."""
     finish_threads: int | None
+    shared: int
+    """0: no rows share a prefix."""
+    of_shared: Any
+    """Its arguments."""
     kept: tuple[Any, ...]
     """What the arguments point at."""
 
@@ -188,13 +217,14 @@ def decode(
     window: int | None,
     kv_scales: torch.Tensor | None = None,  # [2, Hkv]
     derived: dict[Hashable, Any] | None = None,  # of the same rows: kept here for the layers that follow
+    prefixes: SharedPrefixes | None = None,  # of the same rows; used where there is no window and tiles can be packed
 ) -> torch.Tensor:  # [B, Hq, D]
     q = q.contiguous()
     layout = (kv_layer.shape, kv_layer.stride(), kv_layer.dtype)
     key = (q.shape, q.dtype, layout, scale, window, kv_scales is None)
     call = None if derived is None else derived.get(key)
     if call is None:
-        call = _prepare(q, kv_layer, block_tables, seq_lens, scale, window)
+        call = _prepare(q, kv_layer, block_tables, seq_lens, scale, window, prefixes)
         if derived is not None:
             derived[key] = call
     out = torch.empty_like(q)
@@ -204,6 +234,10 @@ def decode(
         heads = q.shape[1]
         factors = head_factors(heads, scale, WIDENED.get(KINDS[kv_layer.dtype], 1.0), kv_scales)
         arguments[14], arguments[18] = factors.ctypes.data, factors.ctypes.data + 4 * heads
+    if call.shared:
+        of_shared = call.of_shared
+        of_shared[9], of_shared[10], of_shared[16] = arguments[9], arguments[10], arguments[14]
+        threads.run(call.shared, of_shared)
     threads.run(call.attend, arguments)
     if call.finish:
         threads.run(call.finish, arguments, call.finish_threads)
@@ -217,35 +251,56 @@ def _prepare(
     seq_lens: np.ndarray,
     scale: float,
     window: int | None,
+    prefixes: SharedPrefixes | None,
 ) -> _Call:
     assert kv_layer.stride(-1) == 1
     assert block_tables.dtype == torch.int32 and block_tables.stride(1) == 1
     num_rows, heads, size = q.shape
     block_size, kv_heads = kv_layer.shape[2:4]
     lengths = np.ascontiguousarray(seq_lens, np.int32)
-    visible = int(lengths.max()) if window is None else window
-    counts = (lengths - 1) // SPLIT - np.maximum(lengths - visible, 0) // SPLIT + 1
-    num_splits = int(counts[counts > 1].sum())
     q_kind, kv_kind = KINDS[q.dtype], KINDS[kv_layer.dtype]
-    factors = head_factors(heads, scale, WIDENED.get(kv_kind, 1.0), None)
-    states = torch.empty((num_splits, heads, state_size(size)))
-    element, of_scores = BYTES[kv_kind], factors.ctypes.data
-    arguments = threads.pack(
-        num_rows, heads, kv_heads, block_size, visible,
-        *(stride * element for stride in kv_layer.stride()[:4]),
-        0, 0, block_tables.data_ptr(), block_tables.stride(0), lengths.ctypes.data,
-        of_scores, states.data_ptr(), num_splits, 0, of_scores + 4 * heads, 0,
-    )  # fmt: skip
     tile = math.gcd(block_size, MAX_TILE)
     dot = dots(size, tile, q_kind, kv_kind)
-    # Both now: whoever waits for a compilation waits at the start.
+    if window is not None or not packs(tile, dot):
+        prefixes = None
+    visible = int(lengths.max()) if window is None else window
+    begins, members = np.zeros(num_rows, np.int32), np.full(num_rows, -1, np.int32)
+    sharing: list[np.ndarray] = []
+    if prefixes is not None:
+        sharing = [np.ascontiguousarray(x, np.int32) for x in (prefixes.starts, prefixes.rows, prefixes.lengths)]
+        begins[prefixes.rows] = np.repeat(prefixes.lengths, np.diff(prefixes.starts))
+        members[prefixes.rows] = np.arange(len(prefixes.rows))
+    counts = (lengths - 1) // SPLIT - np.maximum(lengths - visible, begins) // SPLIT + 1
+    num_splits = int(counts[counts > 1].sum())
+    factors = head_factors(heads, scale, WIDENED.get(kv_kind, 1.0), None)
+    states = torch.empty((num_splits, heads, state_size(size)))
+    begun = torch.empty((0 if prefixes is None else len(prefixes.rows), heads, state_size(size)))
+    element, of_scores = BYTES[kv_kind], factors.ctypes.data
+    strides = [stride * element for stride in kv_layer.stride()[:4]]
+    arguments = threads.pack(
+        num_rows, heads, kv_heads, block_size, visible, *strides,
+        0, 0, block_tables.data_ptr(), block_tables.stride(0), lengths.ctypes.data,
+        of_scores, states.data_ptr(), num_splits, 0, of_scores + 4 * heads, 0,
+        begins.ctypes.data, members.ctypes.data, begun.data_ptr(),
+    )  # fmt: skip
+    # All now: whoever waits for a compilation waits at the start.
     attend, finish = _attend_region(size, tile, q_kind, kv_kind, dot), _finish_region(size, q_kind, kv_kind, dot)
+    shared = shared_region(size, tile) if window is None and packs(tile, dot) else 0
+    of_shared = None
+    if prefixes is not None:
+        of_shared = threads.pack(
+            len(prefixes.lengths), heads, kv_heads, block_size, len(prefixes.rows), *strides,
+            0, 0, block_tables.data_ptr(), block_tables.stride(0),
+            *(x.ctypes.data for x in sharing), 0, begun.data_ptr(),
+        )  # fmt: skip
     return _Call(
         arguments,
         attend,
         finish if num_splits else 0,
         1 if num_splits * heads < FEW_HEADS else None,
-        (lengths, states, factors, block_tables),
+        shared if prefixes is not None else 0,
+        of_shared,
+        (lengths, states, factors, block_tables, begins, members, begun, *sharing),
     )
 
 

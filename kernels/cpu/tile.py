@@ -14,6 +14,7 @@ head's elements, for values by pairs of tokens, with weights rounded to bfloat16
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -51,6 +52,15 @@ def clear(state, size):  # type: ignore[no-untyped-def]
 
 
 @njit
+def go_on(state, begun, size):  # type: ignore[no-untyped-def]
+    """The state of a head that has been begun elsewhere, in place of clear()."""
+    floats = carray(pointer(state), (size + 2 * TOTALS + 1,), np.float32)
+    there = carray(pointer(begun), (size + 2 * TOTALS + 1,), np.float32)
+    for i in range(size + 2 * TOTALS + 1):
+        floats[i] = there[i]
+
+
+@njit
 def total_weight(state, size):  # type: ignore[no-untyped-def]
     floats = carray(pointer(state), (size + TOTALS,), np.float32)
     total = np.float32(0)
@@ -79,13 +89,13 @@ def attend_tile(
 
     def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         q, scale, keys, values, stride, start, stop, following, zero, state = arguments[5:]
-        form = _Tile(builder, *numbers, stride, start, stop, state)
+        form = Tile(builder, *numbers, stride, start, stop, state)
         form.emit(q, scale, keys, values, builder.sub(following, keys) if is_ahead else None, zero)
 
     return signature, generate
 
 
-class _Tile:
+class Tile:
     """Emits the code of one tile."""
 
     def __init__(
@@ -99,30 +109,12 @@ class _Tile:
         self.rows, self.tokens = Code(builder, width(size)), Code(builder, tile)
         self.order = order(q_kind, kv_kind, dot)
         self.row_bytes = size * BYTES[kv_kind]
-        self.totals_at, self.scratch_at, self.top_at = (4 * (size + i * TOTALS) for i in range(3))
+        self.scratch_at = scratch_at(size)
 
     def emit(self, q: Any, scale: Any, keys: Any, values: Any, ahead: Any, zero: Any) -> None:
-        b, tokens = self.builder, self.tokens
         self.ahead, self.zero = ahead, zero
-        place, first, end = (
-            tokens.words_of(range(self.tile)), tokens.splat_word(self.start), tokens.splat_word(self.stop),
-        )  # fmt: skip
-        seen = b.and_(b.icmp_signed(">=", place, first), b.icmp_signed("<", place, end))
-        scores = tokens.mul(self._products(q, keys), tokens.splat(scale))
-        scores = b.select(seen, scores, tokens.splat(-math.inf))
-
-        before = tokens.load(self.state, F32, self.top_at)
-        highest = tokens.fold(scores, tokens.maximum)
-        top = b.select(b.fcmp_ordered(">", highest, before), highest, before)
-        tokens.store(top, self.state, self.top_at)
-        weights = b.select(seen, tokens.exp2(tokens.sub(scores, tokens.splat(top))), tokens.splat(0.0))
-        if self.dot:
-            weights = b.bitcast(tokens.rounded(weights), tokens.floats)
-        # Before the first tile `before` is -inf, and what is shrunk is 0.
-        single = Code(b, 1)
-        shrink = b.extract_element(single.exp2(single.splat(b.fsub(before, top))), I32(0))
-        totals = tokens.load(self.state, tokens.floats, self.totals_at)
-        tokens.store(tokens.fma(totals, tokens.splat(shrink), weights), self.state, self.totals_at)
+        scores = self.tokens.mul(self._products(q, keys), self.tokens.splat(scale))
+        weights, shrink = weigh(self.tokens, [scores], self.start, self.stop, self.state, self.size, self.dot)
         self._add_values(values, weights, shrink)
 
     def _products(self, q: Any, keys: Any) -> Any:
@@ -241,6 +233,39 @@ class _Tile:
         b.cbranch(b.icmp_signed("<", following, self.stop), loop, after)
         b.position_at_end(after)
         return results
+
+
+def scratch_at(size: int) -> int:
+    """Where in a state, in bytes, there is room for the weights of a tile."""
+    return 4 * (size + TOTALS)
+
+
+def weigh(
+    tokens: Code, scores: Sequence[Any], start: Any, stop: Any, state: Any, size: int, rounded: bool
+) -> list[Any]:
+    """The weights of the tokens of one tile or of several, a lane each and 0 outside [start, stop); and at last the
+    factor by which what the state has summed up shrinks. Counts them in; the sums of values are left to the caller."""
+    b = tokens.builder
+    totals_at, top_at = 4 * size, 4 * (size + 2 * TOTALS)
+    first, end, lowest = tokens.splat_word(start), tokens.splat_word(stop), tokens.splat(-math.inf)
+    places = [tokens.words_of(range(i * tokens.lanes, (i + 1) * tokens.lanes)) for i in range(len(scores))]
+    seen = [b.and_(b.icmp_signed(">=", place, first), b.icmp_signed("<", place, end)) for place in places]
+    scores = [b.select(which, x, lowest) for which, x in zip(seen, scores, strict=True)]
+    before = tokens.load(state, F32, top_at)
+    highest = tokens.fold(functools.reduce(tokens.maximum, scores), tokens.maximum)
+    top = b.select(b.fcmp_ordered(">", highest, before), highest, before)
+    tokens.store(top, state, top_at)
+    weights = [tokens.exp2(tokens.sub(x, tokens.splat(top))) for x in scores]
+    weights = [b.select(which, x, tokens.splat(0.0)) for which, x in zip(seen, weights, strict=True)]
+    if rounded:
+        weights = [b.bitcast(tokens.rounded(x), tokens.floats) for x in weights]
+    # Before the first tile `before` is -inf, and what is shrunk is 0.
+    single = Code(b, 1)
+    shrink = b.extract_element(single.exp2(single.splat(b.fsub(before, top))), I32(0))
+    totals = tokens.load(state, tokens.floats, totals_at)
+    totals = tokens.fma(totals, tokens.splat(shrink), functools.reduce(tokens.add, weights))
+    tokens.store(totals, state, totals_at)
+    return [*weights, shrink]
 
 
 def order(q_kind: int, kv_kind: int, dot: int) -> int:

@@ -10,8 +10,8 @@ import torch
 from paged_case import Case
 
 from quire.kernels import activation, dispatch, norm, qkv, reference, rotary
-from quire.kernels.attention import PagedRows, paged_attention
-from quire.kernels.cpu import tile
+from quire.kernels.attention import PagedRows, SharedPrefixes, paged_attention
+from quire.kernels.cpu import decode, tile
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -20,8 +20,8 @@ BUGS = [
      "test_prefill"),
     ("a token too many", "kernels/cpu/tile.py", 'icmp_signed("<", place, end)', 'icmp_signed("<=", place, end)',
      "test_decode"),
-    ("weights not shrunk", "kernels/cpu/tile.py", "tokens.fma(totals, tokens.splat(shrink), weights)",
-     "tokens.add(totals, weights)", "test_decode"),
+    ("weights not shrunk", "kernels/cpu/tile.py", "tokens.fma(totals, tokens.splat(shrink), functools",
+     "tokens.fma(totals, tokens.splat(1.0), functools", "test_decode"),
     ("values not shrunk", "kernels/cpu/tile.py", "factor = rows.splat(shrink)", "factor = rows.splat(1.0)",
      "test_decode"),
     ("scale missing", "kernels/cpu/tile.py", "tokens.splat(scale)", "tokens.splat(1.0)", "test_decode"),
@@ -56,6 +56,30 @@ BUGS = [
      "for i in range(group):\n                        clear", "test_prefill"),
     ("keys of the first head", "kernels/cpu/prefill.py", "+ (inside - start) * of_token + kv_head * of_head",
      "+ (inside - start) * of_token", "test_prefill"),
+    ("a stale value times 0", "kernels/cpu/packed.py", "if start <= token < stop:", "if token < 99:", "test_prefill"),
+    ("one pair's packed weights for all", "kernels/cpu/packed.py", "scratch + 4 * pair)", "scratch)",
+     "test_prefill"),
+    ("halves in the order of memory", "kernels/cpu/packed.py", "at + lanes + i, half] = value[eight, 1, i]",
+     "at + lanes + i, half] = value[eight, 0, i]", "test_prefill"),
+    ("one state for four queries", "kernels/cpu/packed.py", "builder.add(states[-1], stride)", "state",
+     "test_long_prompts"),
+    ("a query sees the next token", "kernels/cpu/prefill.py", "np.int32(stop + 1)", "np.int32(stop + 2)",
+     "test_long_prompts"),
+    ("four windows for the last of four", "kernels/cpu/prefill.py", "np.int32(max(start, low - 2))",
+     "np.int32(max(start, low))", "test_long_prompts"),
+    ("the second of two tiles forgotten", "kernels/cpu/shared.py", "size, tile, 2,", "size, tile, 1,",
+     "test_shared_prefixes"),
+    ("another group's prefix", "kernels/cpu/shared.py", "np.int64(rows[starts[g]])", "np.int64(rows[0])",
+     "test_shared_prefixes"),
+    ("the last rows of a group left out", "kernels/cpu/shared.py", "parts = (count + most - 1) // most",
+     "parts = count // most", "test_shared_prefixes"),
+    ("a prefix counted in every split", "kernels/cpu/decode.py", "is_begun = False", "is_begun = is_begun",
+     "test_shared_prefixes"),
+    ("a prefix attended twice", "kernels/cpu/decode.py",
+     "first = max(np.int64(begins[row]), length - window)\n            is_begun",
+     "first = max(np.int64(0), length - window)\n            is_begun", "test_shared_prefixes"),
+    ("members by their rows among all", "kernels/cpu/attention.py", "np.searchsorted(decode, shared.rows)",
+     "shared.rows.copy()", "test_shared_prefixes"),
     ("even for odd", "kernels/cpu/vector.py", "return b.bitcast(even, self.floats), b.bitcast(odd, self.floats)",
      "return b.bitcast(odd, self.floats), b.bitcast(odd, self.floats)", "test_decode"),
     ("e for 2", "kernels/cpu/decode.py", "scale * LOG2E", "scale", "test_decode"),
@@ -100,6 +124,56 @@ def test_prefill(heads: tuple[int, int], size: int, dtype: torch.dtype) -> None:
     rows = [(50, 50), (70, 33), (100, 1), (3, 2), (90, 67)]
     Case(rows, heads=heads, size=size, dtype=dtype).check()
     Case(rows, heads=heads, size=size, window=20, dtype=dtype).check()
+
+
+def groups(*members: tuple[int, int, int]) -> SharedPrefixes:
+    """Rows from, to, and the tokens that they share."""
+    rows = np.concatenate([np.arange(start, stop) for start, stop, _ in members]).astype(np.int32)
+    starts = np.cumsum([0, *(stop - start for start, stop, _ in members)]).astype(np.int32)
+    return SharedPrefixes(rows, starts, np.array([tokens for *_, tokens in members], np.int32))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "size", "block_size"), [((6, 2), 64, 16), ((3, 3), 24, 4), ((66, 1), 16, 32)])
+def test_shared_prefixes(heads: tuple[int, int], size: int, block_size: int, dtype: torch.dtype) -> None:
+    """Rows that go on for a token, a split and several; more of them than meet a tile together; and among chunks."""
+    rows = [(289, 1), (300, 1), (1200, 1), (512, 1), (513, 1), (700, 1), (330, 1)]
+    case = Case(rows, heads, size, block_size, dtype=dtype, shared=6, prefix=288)
+    case.rows.shared = groups((0, 6, 288))
+    case.check()
+    case = Case([(400, 1), *rows, (60, 33), (290, 1)], heads, size, block_size, dtype=dtype)
+    case.rows.block_tables[3:6, : 256 // block_size] = case.rows.block_tables[2, : 256 // block_size]
+    case.rows.block_tables[7, : 96 // block_size] = case.rows.block_tables[6, : 96 // block_size]
+    case.rows.shared = groups((2, 6, 256), (6, 8, 96))
+    case.check()
+    case = Case([(200 + i, 1) for i in range(70)], heads, size, block_size, dtype=dtype, shared=70, prefix=192)
+    case.rows.shared = groups((0, 70, 192))
+    case.check()
+
+
+def test_a_window_has_no_use_for_a_shared_prefix() -> None:
+    case = Case([(300, 1), (310, 1)], (6, 2), 64, window=60, dtype=torch.bfloat16)
+    case.rows.shared = groups((0, 2, 256))
+    case.check()
+
+
+def test_a_prefix_is_read_together_only_where_pairs_are_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case([(300, 1), (310, 1)], (6, 2), 64, dtype=torch.bfloat16, shared=2, prefix=288)
+    case.rows.shared = groups((0, 2, 288))
+    case.check()
+    calls = [x for x in case.rows.derived.values() if isinstance(x, decode._Call)]
+    assert [bool(call.shared) for call in calls] == [bool(tile.dots(64, 16, 2, 2))]
+    case.rows.derived.clear()
+    monkeypatch.setattr(tile, "has_dot", lambda: False)
+    case.check()
+    assert not any(call.shared for call in case.rows.derived.values() if isinstance(call, decode._Call))
+
+
+def test_long_prompts() -> None:
+    """More queries than meet a tile together, and chunks that begin and end inside of tiles."""
+    rows = [(300, 300), (411, 150), (2, 2), (555, 6), (301, 133)]
+    for heads, window in ((2, 2), None), ((2, 1), None), ((2, 2), 37), ((2, 1), 150):
+        Case(rows, heads, size=64, dtype=torch.bfloat16, window=window).check()
 
 
 def test_without_products_of_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
