@@ -141,7 +141,7 @@ def test_shared_prefixes(heads: tuple[int, int], size: int, block_size: int, dty
     case = Case(rows, heads, size, block_size, dtype=dtype, shared=6, prefix=288)
     case.rows.shared = groups((0, 6, 288))
     case.check()
-    case = Case([(400, 1), *rows, (60, 33), (290, 1)], heads, size, block_size, dtype=dtype)
+    case = Case([(90, 7), *rows, (60, 33), (290, 1)], heads, size, block_size, dtype=dtype)
     case.rows.block_tables[3:6, : 256 // block_size] = case.rows.block_tables[2, : 256 // block_size]
     case.rows.block_tables[7, : 96 // block_size] = case.rows.block_tables[6, : 96 // block_size]
     case.rows.shared = groups((2, 6, 256), (6, 8, 96))
