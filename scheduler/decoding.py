@@ -92,4 +92,5 @@ def _steps_left(sequence: Sequence) -> int:
     """Steps in which nothing but the next token happens to it."""
     if sequence.is_tail_shared:
         return 0
-    return min(sequence.capacity, sequence.max_computed - 1) - sequence.num_computed
+    end, capacity = sequence.max_computed - 1, sequence.capacity
+    return (capacity if capacity < end else end) - sequence.num_computed

@@ -61,7 +61,7 @@ class Flight:
     sampled: tuple[Sequence, ...]
     last: frozenset[Sequence]
     """Those that are full with this token."""
-    num_ended: int
-    """Sequences that had ended when the plan was made."""
+    num_cut_off: int
+    """Sequences that had ended with tokens in flight when the plan was made: if more have since, one may be here."""
     searching: frozenset[int]
     """Positions in `sampled` of the rows whose results a beam search decides about."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from array import array
+from struct import Struct
 
 from quire.scheduler.blocks import BlockPool
 from quire.scheduler.sequence import Sequence
@@ -29,7 +29,8 @@ class PrefixCache:
         """Whether what sequences compute is remembered; reserved prefixes always are."""
         self._pool = pool
         self._block_size = block_size
-        self._key = secrets.token_bytes(32)
+        self._keyed = hashlib.blake2b(key=secrets.token_bytes(32), digest_size=NAME_BYTES)
+        self._pack = Struct(f"{block_size}i").pack
 
     def find(self, sequence: Sequence, most: int) -> list[int]:
         """The blocks that hold the sequence's first tokens, at most so many."""
@@ -48,18 +49,22 @@ class PrefixCache:
             return
         known = sequence.num_prompt_tokens if sequence.group.search else len(sequence.token_ids)
         num_full = min(sequence.num_computed, known) // self._block_size
+        if num_full <= sequence.num_named:
+            return
+        self.name(sequence, num_full - 1)
         for index in range(sequence.num_named, num_full):
-            self._pool.remember(sequence.block_ids[index], self.name(sequence, index))
-        sequence.num_named = max(sequence.num_named, num_full)
+            self._pool.remember(sequence.block_ids[index], sequence.block_names[index])
+        sequence.num_named = num_full
 
     def name(self, sequence: Sequence, index: int) -> bytes:
         """Of the block at `index` of the sequence's table, whose tokens are known; kept with the sequence."""
         names, size = sequence.block_names, self._block_size
         for i in range(len(names), index + 1):
             before = names[-1] if names else self._hash(sequence.request.cache_salt.encode())
-            tokens = array("i", sequence.token_ids[i * size : (i + 1) * size])
-            names.append(self._hash(before + tokens.tobytes()))
+            names.append(self._hash(before + self._pack(*sequence.token_ids[i * size : (i + 1) * size])))
         return names[index]
 
     def _hash(self, data: bytes) -> bytes:
-        return hashlib.blake2b(data, digest_size=NAME_BYTES, key=self._key).digest()
+        keyed = self._keyed.copy()  # its key is worked in already
+        keyed.update(data)
+        return keyed.digest()

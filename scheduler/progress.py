@@ -18,8 +18,8 @@ class InProgress:
         self.stops = StopTokens()
         self.rankings: dict[str, Ranking] = {}
         """Of requests of which more samples are made than returned, until their answers are known."""
-        self.num_ended = 0
-        """Sequences that have ended so far."""
+        self.num_cut_off = 0
+        """Sequences so far that have ended while tokens of theirs were in flight."""
         self._sequences: dict[str, list[Sequence]] = {}
 
     def __len__(self) -> int:
@@ -51,7 +51,7 @@ class InProgress:
         request = sequence.request
         held = self._sequences[request.request_id]
         held.remove(sequence)
-        self.num_ended += 1
+        self.num_cut_off += sequence.num_in_flight > 0
         if held:
             return
         del self._sequences[request.request_id]

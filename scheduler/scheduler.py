@@ -231,8 +231,8 @@ class Scheduler:
         running.prefilling = sorted(draft.partial, key=by_arrival)
         searching = [i for i, s in enumerate(draft.sampled, len(sampled)) if s.group.search is not None]
         everybody = sampled + tuple(draft.sampled) + tuple(draft.branches)
-        num_ended = self.state.requests.num_ended
-        self._in_flight.append(Flight(plan.step, everybody, frozenset(draft.last), num_ended, frozenset(searching)))
+        num_cut_off = self.state.requests.num_cut_off
+        self._in_flight.append(Flight(plan.step, everybody, frozenset(draft.last), num_cut_off, frozenset(searching)))
         for sequence in draft.last:
             if sequence.group.is_reserved:  # what it samples is nobody's
                 self._leaving.end(sequence, is_complete=True)
@@ -251,7 +251,7 @@ class Scheduler:
         if flight.searching:
             answers += self._searching.take(flight, result)
             events = events.select([i for i in range(len(events)) if i not in flight.searching])
-        if flight.num_ended != requests.num_ended:
+        if flight.num_cut_off != requests.num_cut_off:
             events = self._of_those_in_progress(events)
         for sequence, token in zip(events.sequences, events.token_ids, strict=True):
             sequence.token_ids.append(token)

@@ -39,8 +39,14 @@ class Serving:
         """Those that are due need a block, or compute their last token; other decoders go on unseen. Beams that have
         been told how go on too."""
         running = self._state.running
+        due = running.decoding.take_due()
+        if not running.searched and len(due) <= self._state.pool.num_free:  # the usual step: there is room for all
+            for sequence in due:
+                self._extend(sequence, draft)
+                self._decode(sequence, draft)
+            return
         parts: dict[Group, list[Sequence]] = {}
-        for sequence in running.decoding.take_due():
+        for sequence in due:
             parts.setdefault(sequence.group, []).append(sequence)
         if running.searched:
             parts.update((group, group.sequences) for group in running.searched)
@@ -54,30 +60,38 @@ class Serving:
                     continue  # split off, to make room for its siblings
                 if group.search is not None:
                     self._grant(sequence, 1, draft)
-                elif sequence.num_computed == sequence.max_computed - 1:
-                    draft.last.append(sequence)
                 else:
-                    running.decoding.enroll(sequence)
+                    self._decode(sequence, draft)
 
     def _provide(self, group: Group, members: list[Sequence], draft: Draft) -> bool:
         """Blocks of their own for the next tokens of these sequences, at the latest arrivals' expense; False when it is
         the group's own."""
         if not self._make_room(group, members, draft):
             return False
-        tables = self._state.tables
         for sequence in members:
-            if sequence.group is not group:
-                continue
-            if sequence.num_computed == sequence.capacity:
-                self._state.cache.remember(sequence)
-                draft.extended.append((sequence.row, tables.append(sequence)))
-            elif (sequence.is_tail_shared or group.search is not None) and tables.is_written_by_many(sequence):
-                source, destination, index = tables.copy_on_write(sequence)
-                draft.copied.append((source, destination))
-                draft.replaced.append((sequence.row, index, destination))
-                self._state.note(sequence.request, events_of.Copied(sequence.index, source, destination))
-            sequence.is_tail_shared = False
+            if sequence.group is group:
+                self._extend(sequence, draft)
         return True
+
+    def _extend(self, sequence: Sequence, draft: Draft) -> None:
+        """A block where its last one is full, or a copy where that is another's too. The caller has made room."""
+        tables = self._state.tables
+        if sequence.num_computed == sequence.capacity:
+            self._state.cache.remember(sequence)
+            draft.extended.append((sequence.row, tables.append(sequence)))
+        elif (sequence.is_tail_shared or sequence.group.search is not None) and tables.is_written_by_many(sequence):
+            source, destination, index = tables.copy_on_write(sequence)
+            draft.copied.append((source, destination))
+            draft.replaced.append((sequence.row, index, destination))
+            self._state.note(sequence.request, events_of.Copied(sequence.index, source, destination))
+        sequence.is_tail_shared = False
+
+    def _decode(self, sequence: Sequence, draft: Draft) -> None:
+        """It computes one token in this step, and until it is due again, or its last."""
+        if sequence.num_computed == sequence.max_computed - 1:
+            draft.last.append(sequence)
+        else:
+            self._state.running.decoding.enroll(sequence)
 
     def _make_room(self, group: Group, members: list[Sequence], draft: Draft) -> bool:
         state = self._state
