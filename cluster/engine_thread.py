@@ -11,9 +11,10 @@ from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
 from quire.cluster.executor import WorkerLost
+from quire.cluster.pace import Pace
 from quire.cluster.quiet import IDLE_S, QuietCollector
 from quire.scheduler.engine import Engine, Executor
-from quire.scheduler.plan import StepEvents
+from quire.scheduler.plan import StepEvents, StepPlan
 from quire.scheduler.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
@@ -23,6 +24,10 @@ T = TypeVar("T")
 
 class RemoteExecutor(Executor, Protocol):
     """An executor whose workers can be lost between steps."""
+
+    @property
+    def starved_s(self) -> float:
+        """Seconds for which the workers had waited for the plan that was collected last."""
 
     def start(self) -> None:
         """Open the streams."""
@@ -42,11 +47,13 @@ class EngineThread:
         executor: RemoteExecutor,
         on_events: Callable[[StepEvents], None],
         on_failure: Callable[[Exception], None],
+        pace: Pace | None = None,
     ) -> None:
         self._engine = engine
         self._executor = executor
         self._on_events = on_events
         self._on_failure = on_failure
+        self._pace = pace or Pace()
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -83,9 +90,7 @@ class EngineThread:
             self._executor.start()
             while self._take_calls(quiet):
                 self._executor.check()
-                events = self._engine.step()
-                if events.token_ids or events.answers:
-                    self._on_events(events)
+                self._step()
                 quiet.after_step()
         except Exception as error:  # the thread's edge: whoever holds a stream is told
             if not isinstance(error, WorkerLost):
@@ -95,23 +100,50 @@ class EngineThread:
         finally:
             quiet.end()
 
+    def _step(self) -> None:
+        """Send a plan; where none is to be sent, take a result."""
+        engine, is_pause = self._engine, not self._engine.in_flight
+        if engine.plan():
+            if is_pause:
+                self._pace.begin()
+            if len(engine.in_flight) <= engine.run_ahead:
+                return
+        if engine.in_flight:
+            num_tokens = engine.in_flight[0].total_tokens
+            events = engine.take()
+            self._pace.end(num_tokens, self._executor.starved_s)
+            if events:
+                self._on_events(events)
+
     def _take_calls(self, quiet: QuietCollector) -> bool:
         """Run what has been asked for, and wait for more when there is nothing else to do. False: stop."""
-        is_idle = not self._engine.scheduler.has_work
-        timeout: float | None = IDLE_S
-        while True:
+        if not self._engine.scheduler.has_work:
             try:
-                call = self._calls.get(is_idle, timeout)
+                call = self._calls.get(timeout=IDLE_S)
             except queue.Empty:
-                if not is_idle:
-                    return True
                 quiet.idle()  # once; then there is nothing left to collect
-                timeout = None
-                continue
+                call = self._calls.get()
             if call is None:
                 return False
             call()
-            is_idle = False
+        running = self._running_step()
+        while True:
+            spare_s = self._pace.spare_s(running.total_tokens) if running is not None else 0.0
+            try:
+                call = self._calls.get(timeout=spare_s)
+            except queue.Empty:
+                return True
+            if call is None:
+                return False
+            call()
+
+    def _running_step(self) -> StepPlan | None:
+        """The step during which the last plan that may run ahead can wait for who may come. None: it cannot, or others
+        are to be let in before them."""
+        engine = self._engine
+        if not engine.in_flight or len(engine.in_flight) < engine.run_ahead or engine.scheduler.waiting:
+            return None
+        return engine.in_flight[0]
 
     def _serve_calls(self) -> None:
         """After a failure: steps are over, cancellations and questions still get their answers."""

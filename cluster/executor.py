@@ -129,6 +129,8 @@ class GrpcExecutor:
         self._on_loss = on_loss
         self._token = token
         self._links: list[_Link] = []
+        self.starved_s = 0.0
+        """Seconds for which the ranks had waited for the plan that was collected last."""
 
     def start(self) -> None:
         """Open a stream to every rank; from here on `on_loss` may be called."""
@@ -152,6 +154,7 @@ class GrpcExecutor:
                 late = next(worker for worker in self._workers if worker.rank not in reports)
                 raise WorkerLost(late, f"did not answer step {step} within {self._step_timeout:g} s") from None
         del self._reports[step]
+        self.starved_s = min(report.starved_us for report in reports.values()) / 1e6
         return wire.decode_report(reports[0])
 
     def check(self) -> None:

@@ -99,7 +99,7 @@ class Sampling(_message.Message):
     def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., seed: _Optional[int] = ..., min_tokens: _Optional[int] = ..., stop_token_ids: _Optional[bytes] = ..., bias_token_ids: _Optional[bytes] = ..., bias_values: _Optional[bytes] = ..., logprobs: _Optional[int] = ...) -> None: ...
 
 class StepReport(_message.Message):
-    __slots__ = ("epoch", "incarnation", "step", "rank", "token_ids", "logprobs", "busy_us")
+    __slots__ = ("epoch", "incarnation", "step", "rank", "token_ids", "logprobs", "busy_us", "starved_us")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
@@ -107,6 +107,7 @@ class StepReport(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     BUSY_US_FIELD_NUMBER: _ClassVar[int]
+    STARVED_US_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     incarnation: int
     step: int
@@ -114,7 +115,8 @@ class StepReport(_message.Message):
     token_ids: bytes
     logprobs: _containers.RepeatedCompositeFieldContainer[RowLogprobs]
     busy_us: int
-    def __init__(self, epoch: _Optional[int] = ..., incarnation: _Optional[int] = ..., step: _Optional[int] = ..., rank: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., logprobs: _Optional[_Iterable[_Union[RowLogprobs, _Mapping]]] = ..., busy_us: _Optional[int] = ...) -> None: ...
+    starved_us: int
+    def __init__(self, epoch: _Optional[int] = ..., incarnation: _Optional[int] = ..., step: _Optional[int] = ..., rank: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., logprobs: _Optional[_Iterable[_Union[RowLogprobs, _Mapping]]] = ..., busy_us: _Optional[int] = ..., starved_us: _Optional[int] = ...) -> None: ...
 
 class RowLogprobs(_message.Message):
     __slots__ = ("position", "token_ids", "values", "sampled_rank")

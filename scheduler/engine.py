@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Protocol
 
 from quire.scheduler.plan import StepEvents, StepPlan, StepResult
@@ -28,15 +29,25 @@ class Engine:
         self.scheduler = scheduler
         self.executor = executor
         self.run_ahead = run_ahead
-        self._outstanding = 0
+        self.in_flight: deque[StepPlan] = deque()
+        """Plans whose results are awaited; to be read only."""
 
     def step(self) -> StepEvents:
         """Fill the pipeline, then take the oldest result. Empty when there is nothing to do."""
-        while self._outstanding <= self.run_ahead and (plan := self.scheduler.schedule()):
-            self.executor.submit(plan)
-            self._outstanding += 1
-        if not self._outstanding:
-            return StepEvents()
+        while self.plan():
+            pass
+        return self.take() if self.in_flight else StepEvents()
+
+    def plan(self) -> bool:
+        """Send one more plan, if there is work and `run_ahead` allows; False: there is nothing to do but to wait."""
+        if len(self.in_flight) > self.run_ahead or (plan := self.scheduler.schedule()) is None:
+            return False
+        self.executor.submit(plan)
+        self.in_flight.append(plan)
+        return True
+
+    def take(self) -> StepEvents:
+        """Wait for the oldest result, and apply it. Something is in flight."""
         result = self.executor.collect()
-        self._outstanding -= 1
+        self.in_flight.popleft()
         return self.scheduler.apply(result)

@@ -10,6 +10,7 @@ import hmac
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -43,17 +44,28 @@ class Refusal(Exception):
         self.code = code
 
 
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A step on its way."""
+
+    pending: Pending
+    came_at: float
+    """When its plan came: time.perf_counter()."""
+
+
 @dataclass(eq=False, slots=True)
 class _Stream:
     """One open Run call."""
 
     context: grpc.ServicerContext
-    launched: queue.SimpleQueue[Pending | Refusal | None] = field(default_factory=queue.SimpleQueue)
+    launched: queue.SimpleQueue[_Step | Refusal | None] = field(default_factory=queue.SimpleQueue)
     """Steps in their order, then why there are no more; None: there is nobody to be told."""
     has_sent: bool = False
     """A plan of it waits to be launched, or has been."""
     is_over: bool = False
     """It has been refused: what it sent beyond that is not looked at."""
+    ended_at: float = field(default_factory=time.perf_counter)
+    """When its last step ended."""
 
 
 class WorkerService(worker_pb2_grpc.WorkerServicer):
@@ -84,7 +96,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         ).start()
         try:
             while (step := stream.launched.get()) is not None:
-                yield self._finish(step)
+                yield self._finish(step, stream)
         except Refusal as refusal:
             # Trailers hold eight kilobytes, and errors of collectives can be longer.
             context.abort(refusal.code, str(refusal)[:1000])
@@ -106,7 +118,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             for plan in plans:
                 self._claim(plan, stream)
                 stream.has_sent = True
-                self._steps.post(partial(self._launch, plan, stream))
+                self._steps.post(partial(self._launch, plan, time.perf_counter(), stream))
         except Refusal as refusal:
             self._end(stream, refusal)
         except Exception:  # so grpc tells that the call has ended; its callback has seen to the rest
@@ -164,11 +176,11 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
 
     # -- in the steps' thread
 
-    def _launch(self, plan: worker_pb2.StepPlan, stream: _Stream) -> None:
+    def _launch(self, plan: worker_pb2.StepPlan, came_at: float, stream: _Stream) -> None:
         if stream.is_over:
             return
         try:
-            stream.launched.put(self._step(plan, stream))
+            stream.launched.put(_Step(self._step(plan, stream), came_at))
         except Refusal as refusal:
             stream.is_over = True
             stream.launched.put(refusal)
@@ -206,13 +218,16 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
 
     # -- in the call's thread
 
-    def _finish(self, step: Pending | Refusal) -> worker_pb2.StepReport:
+    def _finish(self, step: _Step | Refusal, stream: _Stream) -> worker_pb2.StepReport:
         if isinstance(step, Refusal):
             raise step
+        pending = step.pending
         try:
-            report = step.wait()
+            report = pending.wait()
         except Exception as error:
-            raise self._failure(step.epoch, step.step, error) from error
+            raise self._failure(pending.epoch, pending.step, error) from error
+        report.starved_us = int(max(0.0, step.came_at - stream.ended_at) * 1e6)
+        stream.ended_at = time.perf_counter()
         with self._state:
             self._finished = max(self._finished, (report.epoch, report.step))
         return report

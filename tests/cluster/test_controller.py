@@ -5,18 +5,17 @@ from __future__ import annotations
 import asyncio
 import gc
 import socket
-import threading
 import weakref
-from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
 import pytest
-from fake_worker import VOCAB, FakeWorker, expected_logprob, expected_output
+from fake_worker import VOCAB, expected_logprob, expected_output
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from schedulers import make_request
+from stepped_executor import LIMITS, SteppedExecutor
 
 from quire.cluster import errors
 from quire.cluster.controller import Controller, ControllerConfig
@@ -27,54 +26,13 @@ from quire.cluster.streams import Stream
 from quire.protos import generation_pb2 as pb
 from quire.protos import generation_pb2_grpc as pb_grpc
 from quire.protos.channel import WORKER_CHANNEL_OPTIONS, WORKER_SERVER_OPTIONS, bearer
-from quire.scheduler.config import SchedulerConfig
 from quire.scheduler.engine import Engine
-from quire.scheduler.plan import Answer, StepEvents, StepPlan, StepResult
+from quire.scheduler.plan import Answer, StepEvents
 from quire.scheduler.request import ModelLimits
 from quire.scheduler.scheduler import Scheduler
 from quire.scheduler.sequence import FinishReason
 
 TOKEN = "secret"
-LIMITS = SchedulerConfig(
-    num_blocks=64, block_size=4, max_model_len=64, max_num_seqs=64, max_num_batched_tokens=256, max_num_waiting=80
-)
-
-
-class SteppedExecutor:
-    """A fake worker whose steps end when the test says so."""
-
-    def __init__(self) -> None:
-        self.worker = FakeWorker(
-            LIMITS.num_blocks, LIMITS.block_size, LIMITS.max_num_seqs, LIMITS.max_num_batched_tokens
-        )
-        self.permits = threading.Semaphore(0)
-        self.failure: Exception | None = None
-        self.free_running = False
-        self._plans: deque[StepPlan] = deque()
-
-    def start(self) -> None:
-        pass
-
-    def submit(self, plan: StepPlan) -> None:
-        self._plans.append(plan)
-
-    def collect(self) -> StepResult:
-        if not self.free_running:
-            self.permits.acquire()
-        if self.failure is not None:
-            raise self.failure
-        return self.worker.run(self._plans.popleft())
-
-    def check(self) -> None:
-        if self.failure is not None:
-            raise self.failure
-
-    def run_freely(self) -> None:
-        self.free_running = True
-        self.permits.release()
-
-    def close(self) -> None:
-        self.run_freely()
 
 
 @asynccontextmanager

@@ -9,6 +9,7 @@ import queue
 import subprocess
 import sys
 import threading
+import time
 
 import grpc
 import pytest
@@ -264,6 +265,22 @@ def test_a_step_that_fails_ends_its_epoch(worker, caplog):
     again.send(5, 2, rows=[0])
     assert again.refused()[0] is Code.FAILED_PRECONDITION
     assert worker.open().start(epoch=6) == expected_tokens(PROMPT, 1)
+
+
+def test_a_report_says_how_long_the_worker_had_to_wait_for_the_plan(worker):
+    stream = worker.open()
+    stream.start(epoch=5)
+    worker.decoder.may_go.clear()
+    worker.decoder.entered.clear()
+    time.sleep(0.2)
+    stream.send(5, 2, rows=[0])
+    assert worker.decoder.entered.wait(20)
+    stream.send(5, 3, rows=[0])  # comes while step 2 runs
+    time.sleep(0.2)
+    worker.decoder.may_go.set()
+    late, early = next(stream.reports), next(stream.reports)
+    assert late.starved_us >= 200_000 and early.starved_us == 0
+    stream.end()
 
 
 class Slow:
