@@ -27,6 +27,15 @@ def compiled(*tensors: torch.Tensor) -> ModuleType | None:
     return None
 
 
+def blocked_linear() -> ModuleType | None:
+    """`kernels/cpu/blocked_linear.py`, where loops can be compiled."""
+    if _fused() is None:
+        return None
+    from quire.kernels.cpu import blocked_linear
+
+    return blocked_linear
+
+
 @functools.cache
 def _fused() -> ModuleType | None:
     try:
@@ -34,6 +43,6 @@ def _fused() -> ModuleType | None:
 
         threads.check()
     except (ImportError, OSError, AttributeError) as error:
-        logger.warning("norms and activations run uncompiled: %s", error)
+        logger.warning("norms, activations and products run uncompiled: %s", error)
         return None
     return fused
