@@ -37,6 +37,12 @@ CPU_MAX_MODEL_LEN = 4096
 MAX_NUM_SEQS = {"cuda": 256, "cpu": 64}
 MAX_NUM_BATCHED_TOKENS = {"cuda": 2048, "cpu": 512}
 """On a CPU larger steps bring no more tokens per second, and who has just come waits for them to end."""
+PREFILL_FLOOR = {"cuda": 0, "cpu": 32}
+"""On a CPU a token of a prompt costs nearly as much beside decodes as anywhere: a hundred of them beside eight decodes
+make a step five times as long."""
+RUN_AHEAD = {"cuda": 1, "cpu": 0}
+"""On a CPU a plan that waits for the cores hides nothing, while what a step has brought is sent on these same cores;
+and without it whoever comes is in the very next step."""
 OFFLINE_NUM_BATCHED_TOKENS = 2048
 """Where nobody waits for a first token."""
 SWAP_SPACE_GIB = 4.0
@@ -66,6 +72,8 @@ class EngineConfig:
     num_gpu_blocks_override: int | None = None
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
+    prefill_floor: int | None = None
+    """Tokens of prompts that a step may always compute beside decodes; 0: all that fit. None: by device."""
     max_num_waiting: int | None = None
     swap_space: float | None = None
     """GiB of host memory for each rank's preempted requests. None: 4 on a GPU. On a CPU none, unless preemption is by
@@ -78,8 +86,8 @@ class EngineConfig:
     """What a request gets does not depend on what runs beside it, to the last bit."""
     enforce_eager: bool = False
     """No CUDA graphs."""
-    run_ahead: int = 1
-    """Steps sent to the workers beyond the one whose tokens are awaited."""
+    run_ahead: int | None = None
+    """Steps sent to the workers beyond the one whose tokens are awaited. None: by device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +156,7 @@ class ResolvedEngine:
     num_gpu_blocks_override: int | None
     max_num_seqs: int
     max_num_batched_tokens: int
+    prefill_floor: int
     max_num_waiting: int
     swap_space_bytes: int
     """On each rank; the pool's size is the most that is taken."""
@@ -195,6 +204,7 @@ class ResolvedEngine:
             max_model_len=self.max_model_len,
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
+            prefill_floor=self.prefill_floor,
             max_num_waiting=self.max_num_waiting,
             enable_prefix_caching=self.enable_prefix_caching,
             preemption_mode=self.preemption_mode,
@@ -255,6 +265,7 @@ def resolve(config: EngineConfig, offline: bool = False) -> ResolvedEngine:
         num_gpu_blocks_override=config.num_gpu_blocks_override,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens or max(step_tokens, max_num_seqs),
+        prefill_floor=_prefill_floor(config, device, offline),
         max_num_waiting=config.max_num_waiting
         if config.max_num_waiting is not None
         else WAITING_PER_SEQUENCE * max_num_seqs,
@@ -265,7 +276,7 @@ def resolve(config: EngineConfig, offline: bool = False) -> ResolvedEngine:
         load_format=config.load_format,
         deterministic=config.deterministic,
         enforce_eager=config.enforce_eager,
-        run_ahead=config.run_ahead,
+        run_ahead=RUN_AHEAD[device] if config.run_ahead is None else config.run_ahead,
         notes=tuple(notes),
     )
     _check_resolved(engine)
@@ -294,9 +305,11 @@ def _check(config: EngineConfig) -> None:
     ):
         if number is not None and number < 1:
             raise ConfigError(f"{flag} must be at least 1, not {number}")
+    if config.prefill_floor is not None and config.prefill_floor < 0:
+        raise ConfigError(f"--prefill-floor must be 0, no limit, or a number of tokens, not {config.prefill_floor}")
     if config.max_num_waiting is not None and config.max_num_waiting < 0:
         raise ConfigError(f"--max-num-waiting must not be negative, unlike {config.max_num_waiting}")
-    if config.run_ahead < 0:
+    if config.run_ahead is not None and config.run_ahead < 0:
         raise ConfigError(f"--run-ahead must be 0, one step at a time, or more, not {config.run_ahead}")
     if config.swap_space is not None and not 0 <= config.swap_space < 1 << 20:  # not a number is refused too
         raise ConfigError(f"--swap-space must be a number of GiB that is not negative, not {config.swap_space}")
@@ -324,6 +337,13 @@ def _check_resolved(engine: ResolvedEngine) -> None:
             f" one sequence of {engine.max_model_len}: raise it to {-(-engine.max_model_len // engine.block_size)},"
             f" or lower --max-model-len to {blocks * engine.block_size}"
         )
+
+
+def _prefill_floor(config: EngineConfig, device: str, offline: bool) -> int:
+    """Offline nobody reads along."""
+    if config.prefill_floor is not None:
+        return config.prefill_floor
+    return 0 if offline else PREFILL_FLOOR[device]
 
 
 def _max_model_len(config: EngineConfig, spec: ModelSpec, device: str, notes: list[str]) -> int:

@@ -122,8 +122,6 @@ class LLM:
         self.tokenizer = _tokenizer(self.config.model)
         self._executor = LocalExecutor(self.config.worker_config(0))
         self._limits = self.config.scheduler_config(self._executor.num_blocks, self._executor.descriptions)
-        # On a CPU a plan has run when it is handed over: one sent ahead would hide nothing.
-        self._run_ahead = self.config.run_ahead if run_ahead is not None or self.config.device == "cuda" else 0
         self._reserved: dict[str, tuple[tuple[int, ...], str]] = {}
         """Token ids and salt of the prefixes that are kept, by name."""
         self._start_afresh()
@@ -215,7 +213,7 @@ class LLM:
         self._scheduler = Scheduler(self._limits)
         for name, kept in self._reserved.items():
             self._scheduler.reserve_prefix(name, *kept)
-        self._engine = Engine(self._scheduler, self._executor, self._run_ahead)
+        self._engine = Engine(self._scheduler, self._executor, self.config.run_ahead)
 
     def _job(self, prompt: Any, params: Any, in_text: bool) -> _Job:
         if not isinstance(params, SamplingParams):

@@ -26,6 +26,10 @@ class SchedulerConfig:
     max_num_batched_tokens: int = 2048
     """Token budget of one step."""
 
+    prefill_floor: int = 0
+    """Tokens that prompts may always have of a step in which others decode; 0: all that the budget leaves. budget.py
+    says when they get more."""
+
     max_num_waiting: int = 1 << 20
     """Sequences that may wait; more are refused with QueueFull."""
 
@@ -64,6 +68,8 @@ class SchedulerConfig:
         for name in ("num_blocks", "block_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.prefill_floor < 0:
+            raise ValueError(f"prefill_floor must not be negative, unlike {self.prefill_floor}")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs"

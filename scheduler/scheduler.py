@@ -18,6 +18,7 @@ from quire.scheduler.admission import AdmissionControl, most_blocks
 from quire.scheduler.audit import audit_state
 from quire.scheduler.beam import BeamSearch
 from quire.scheduler.blocks import AuditError
+from quire.scheduler.budget import spare_tokens
 from quire.scheduler.config import SchedulerConfig
 from quire.scheduler.draft import Changes, Draft, Flight
 from quire.scheduler.explaining import journal as events_of
@@ -192,7 +193,7 @@ class Scheduler:
     def schedule(self) -> StepPlan | None:
         """Plan the next step; None when no sequence can compute anything before a result or a request comes."""
         running = self.state.running
-        draft = Draft(spare=self.config.max_num_batched_tokens - len(running.sequences))
+        draft = Draft(spare=spare_tokens(self.state))
         self._serving.go_on(draft)
         if not draft.preempted:
             self._admission.let_in(draft)

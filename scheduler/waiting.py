@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from quire.scheduler.blocks import AuditError
 from quire.scheduler.groups import Group
+from quire.scheduler.running import by_arrival
 
 
 class WaitingQueue:
@@ -15,6 +16,9 @@ class WaitingQueue:
     def __init__(self) -> None:
         self.num_sequences = 0
         """Rows that the groups need."""
+        self.num_tokens = 0
+        """Tokens that the groups' first sequences have to compute, each as it was when its group came."""
+        self._tokens: dict[Group, int] = {}
         self._groups: deque[Group] = deque()
 
     def __len__(self) -> int:
@@ -30,6 +34,8 @@ class WaitingQueue:
     def push(self, group: Group) -> None:
         """Into its place."""
         self.num_sequences += group.num_rows
+        self._tokens[group] = group.sequences[0].gap
+        self.num_tokens += self._tokens[group]
         if not self._groups or self._groups[-1].arrival < group.arrival:
             self._groups.append(group)
             return
@@ -39,6 +45,7 @@ class WaitingQueue:
     def remove(self, group: Group) -> None:
         """With all its sequences still in it."""
         self._groups.remove(group)
+        self.num_tokens -= self._tokens.pop(group)
         self.num_sequences -= group.num_rows
 
     def audit(self) -> None:
@@ -48,3 +55,5 @@ class WaitingQueue:
             raise AuditError(f"{list(self._groups)} are not in order of arrival")
         if self.num_sequences != sum(group.num_rows for group in self._groups):
             raise AuditError(f"{self.num_sequences} sequences wait by the count, not by the queue")
+        if self.num_tokens != sum(self._tokens.values()) or list(self._groups) != sorted(self._tokens, key=by_arrival):
+            raise AuditError(f"{self.num_tokens} tokens wait by the count, {self._tokens} by group")

@@ -71,7 +71,7 @@ class NaiveScheduler:
                 self._end(sequence)
 
     def schedule(self) -> Decisions | None:
-        spare = self.config.max_num_batched_tokens - len(self.running)
+        spare = min(self.config.max_num_batched_tokens - len(self.running), self._most_of_prompts())
         plan, sampled, preempted = Decisions([], [], [], {}), {}, False
         for sequence in list(self.running):
             if sequence not in self.running or sequence.num_computed == sequence.request.max_len - 1:
@@ -105,6 +105,14 @@ class NaiveScheduler:
         plan.retired, self.retired = self.retired, []
         self.in_flight.append(sampled)
         return plan
+
+    def _most_of_prompts(self) -> int:
+        gaps = [s.num_tokens - s.num_computed for s in self.running if s.num_computed < s.request.max_len - 1]
+        num_decodes = gaps.count(1)
+        if not self.config.prefill_floor or not num_decodes:
+            return self.config.max_num_batched_tokens
+        backlog = sum(gap for gap in gaps if gap > 1) + sum(s.num_tokens for s in self.waiting)
+        return max(self.config.prefill_floor, 4 * num_decodes, backlog // 16)
 
     def _grant(self, sequence: NaiveSequence, count: int, plan: Decisions, sampled: dict[int, NaiveSequence]) -> None:
         plan.computed[sequence.row] = count

@@ -114,7 +114,8 @@ def test_the_scheduler_gets_what_all_ranks_have_at_the_pace_of_the_slowest(model
     made = engine.scheduler_config(300, ranks)
     assert made == SchedulerConfig(
         num_blocks=300, block_size=16, max_model_len=4096, max_num_seqs=64, max_num_batched_tokens=512,
-        max_num_waiting=3, enable_prefix_caching=False, preemption_mode="swap", num_swap_blocks=20, block_bytes=700,
+        prefill_floor=32, max_num_waiting=3,
+        enable_prefix_caching=False, preemption_mode="swap", num_swap_blocks=20, block_bytes=700,
         link_bytes_per_s=2e9, prefill_tokens_per_s=900.0,
     )  # fmt: skip
     assert engine.scheduler_config(256, ranks[:1]).num_swap_blocks == 30
@@ -148,7 +149,7 @@ def test_workers_get_equal_settings_but_for_the_rank(model: str) -> None:
 
 def test_graphs_and_depth_reach_those_who_need_them(model: str) -> None:
     engine = resolve(on_cpu(model))
-    assert not engine.worker_config(0).enforce_eager and engine.run_ahead == 1
+    assert not engine.worker_config(0).enforce_eager and engine.run_ahead == 0
     engine = resolve(on_cpu(model, enforce_eager=True, run_ahead=3))
     assert engine.worker_config(0).enforce_eager and engine.run_ahead == 3
 

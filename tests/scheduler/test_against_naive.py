@@ -28,7 +28,8 @@ def configs(draw: st.DrawFn) -> dict[str, int | float]:
         "max_model_len": max_model_len,
         "num_blocks": least + draw(st.integers(0, 2 * least)),
         "max_num_seqs": rows,
-        "max_num_batched_tokens": rows + draw(st.integers(0, 12)),
+        "max_num_batched_tokens": rows + draw(st.integers(0, 24)),
+        "prefill_floor": draw(st.sampled_from([0, 0, 1, 5])),
         "watermark": draw(st.sampled_from([0.0, 0.2])),
         "enable_prefix_caching": False,
     }
