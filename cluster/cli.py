@@ -55,7 +55,7 @@ def cli() -> None:
     option("--run-ahead", type=int, help="Steps sent ahead of the one that is awaited.  [default: 1; on a CPU 0]"),
     option("--prefill-floor", type=int,
            help="Tokens of prompts that a step may always compute beside decodes, more as more decode or wait; 0: all"
-                " that fit.  [default: 0; on a CPU 32]"),
+                " that fit.  [default: 0; on a CPU 64]"),
     option("--max-num-waiting", type=int, help="Sequences that may wait.  [default: 8 x running]"),
     option("--seed", type=int, default=0, help="Seed of dummy weights."),
     option("--served-model-name", multiple=True, help="Name for clients; several may be given.  [default: MODEL]"),

@@ -37,7 +37,7 @@ CPU_MAX_MODEL_LEN = 4096
 MAX_NUM_SEQS = {"cuda": 256, "cpu": 64}
 MAX_NUM_BATCHED_TOKENS = {"cuda": 2048, "cpu": 512}
 """On a CPU larger steps bring no more tokens per second, and who has just come waits for them to end."""
-PREFILL_FLOOR = {"cuda": 0, "cpu": 32}
+PREFILL_FLOOR = {"cuda": 0, "cpu": 64}
 """On a CPU a token of a prompt costs nearly as much beside decodes as anywhere: a hundred of them beside eight decodes
 make a step five times as long."""
 RUN_AHEAD = {"cuda": 1, "cpu": 0}

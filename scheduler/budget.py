@@ -15,10 +15,10 @@ from __future__ import annotations
 
 from quire.scheduler.state import State
 
-DECODES = 4
+DECODES = 8
 """Tokens of prompts beside each sequence that decodes."""
 
-BACKLOG = 16
+BACKLOG = 8
 """Steps over which what waits is spread."""
 
 

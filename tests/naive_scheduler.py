@@ -112,7 +112,7 @@ class NaiveScheduler:
         if not self.config.prefill_floor or not num_decodes:
             return self.config.max_num_batched_tokens
         backlog = sum(gap for gap in gaps if gap > 1) + sum(s.num_tokens for s in self.waiting)
-        return max(self.config.prefill_floor, 4 * num_decodes, backlog // 16)
+        return max(self.config.prefill_floor, 8 * num_decodes, backlog // 8)
 
     def _grant(self, sequence: NaiveSequence, count: int, plan: Decisions, sampled: dict[int, NaiveSequence]) -> None:
         plan.computed[sequence.row] = count

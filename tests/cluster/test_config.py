@@ -114,7 +114,7 @@ def test_the_scheduler_gets_what_all_ranks_have_at_the_pace_of_the_slowest(model
     made = engine.scheduler_config(300, ranks)
     assert made == SchedulerConfig(
         num_blocks=300, block_size=16, max_model_len=4096, max_num_seqs=64, max_num_batched_tokens=512,
-        prefill_floor=32, max_num_waiting=3,
+        prefill_floor=64, max_num_waiting=3,
         enable_prefix_caching=False, preemption_mode="swap", num_swap_blocks=20, block_bytes=700,
         link_bytes_per_s=2e9, prefill_tokens_per_s=900.0,
     )  # fmt: skip

@@ -61,17 +61,17 @@ def test_a_prompt_that_comes_alone_gets_the_floor():
 def test_beside_many_that_decode_prompts_get_more():
     scheduler = scheduler_with(32, num_decodes=20)
     add(scheduler, "a", 200)
-    assert prompts_of(scheduler, 3) == [80, 81, 39]
+    assert prompts_of(scheduler, 2) == [160, 40]
 
 
 def test_what_waits_is_spread_over_some_steps():
     scheduler = scheduler_with(32, num_decodes=2)
     for name in "abcd":
         add(scheduler, name, 400)
-    backlog, wanted = 1600, [1600 // 16]
+    backlog, wanted = 1600, [1600 // 8]
     for _ in range(5):
         backlog -= wanted[-1]
-        wanted.append(backlog // 16 + 1)
+        wanted.append(backlog // 8 + 1)
     assert prompts_of(scheduler, 6) == wanted
 
 
