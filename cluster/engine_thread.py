@@ -54,6 +54,8 @@ class EngineThread:
         self._on_events = on_events
         self._on_failure = on_failure
         self._pace = pace or Pace()
+        self._untold = StepEvents()
+        """What a step has brought, until the workers have something to do again."""
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -93,6 +95,7 @@ class EngineThread:
                 self._step()
                 quiet.after_step()
         except Exception as error:  # the thread's edge: whoever holds a stream is told
+            self._tell()
             if not isinstance(error, WorkerLost):
                 logger.exception("the engine failed")
             self._on_failure(error)
@@ -103,21 +106,28 @@ class EngineThread:
     def _step(self) -> None:
         """Send a plan; where none is to be sent, take a result."""
         engine, is_pause = self._engine, not self._engine.in_flight
-        if engine.plan():
-            if is_pause:
-                self._pace.begin()
-            if len(engine.in_flight) <= engine.run_ahead:
-                return
+        has_planned = engine.plan()
+        if has_planned and is_pause:
+            self._pace.begin()
+        self._tell()
+        if has_planned and len(engine.in_flight) <= engine.run_ahead:
+            return
         if engine.in_flight:
             num_tokens = engine.in_flight[0].total_tokens
-            events = engine.take()
+            self._untold = engine.take()
             self._pace.end(num_tokens, self._executor.starved_s)
-            if events:
-                self._on_events(events)
+            if engine.in_flight:
+                self._tell()
+
+    def _tell(self) -> None:
+        events, self._untold = self._untold, StepEvents()
+        if events:
+            self._on_events(events)
 
     def _take_calls(self, quiet: QuietCollector) -> bool:
         """Run what has been asked for, and wait for more when there is nothing else to do. False: stop."""
         if not self._engine.scheduler.has_work:
+            self._tell()
             try:
                 call = self._calls.get(timeout=IDLE_S)
             except queue.Empty:

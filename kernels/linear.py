@@ -36,4 +36,4 @@ def packed_product(
     one."""
     module = dispatch.blocked_linear()
     blocked = module.blocked(weight, packed) if module is not None else None
-    return None if blocked is None else blocked.multiply  # type: ignore[no-any-return]
+    return None if blocked is None else blocked.multiply

@@ -35,7 +35,9 @@ def running_replica(**settings: Any) -> Iterator[tuple[Any, Client]]:
 
     names = {field.name for field in fields(ServeConfig)}
     serve = {name: settings.pop(name) for name in list(settings) if name in names}
-    config = ServeConfig(engine=EngineConfig(device="cpu", **settings), grpc_port=0, **{"drain_timeout": 1.0, **serve})
+    # With a plan sent ahead, as on a GPU: whatever can go wrong between processes goes wrong sooner.
+    engine = EngineConfig(device="cpu", **{"run_ahead": 1, **settings})
+    config = ServeConfig(engine=engine, grpc_port=0, **{"drain_timeout": 1.0, **serve})
     replica = launch.Replica(config, resolve(config.engine), Progress(sys.stderr))
     try:
         with Client(replica.start(lambda: False)) as client:

@@ -36,6 +36,8 @@ LIMITS = SchedulerConfig(num_blocks=20, block_size=4, max_model_len=64, max_num_
 class Executor:
     """A fake worker that can be lost."""
 
+    starved_s = 0.0
+
     def __init__(self) -> None:
         self.worker = FakeWorker(
             LIMITS.num_blocks, LIMITS.block_size, LIMITS.max_num_seqs, LIMITS.max_num_batched_tokens

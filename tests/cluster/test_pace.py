@@ -12,7 +12,7 @@ from stepped_executor import LIMITS, SteppedExecutor
 from quire.cluster.engine_thread import EngineThread
 from quire.cluster.pace import LEAST_LEAD_S, REMEMBERED, Pace
 from quire.scheduler.engine import Engine
-from quire.scheduler.plan import StepPlan
+from quire.scheduler.plan import StepEvents, StepPlan, StepResult
 from quire.scheduler.scheduler import Scheduler
 
 
@@ -126,6 +126,8 @@ def test_who_comes_while_a_step_runs_is_in_the_next_plan(run_ahead):
         for number in range(4):  # each comes with `run_ahead` plans under way, for which it is too late
             request = make_request(f"r{number}", [1, 2, 3], max_tokens=30)
             await thread.call(lambda scheduler, request=request: scheduler.add(request))
+            while len(executor.submitted) < run_ahead:
+                await asyncio.sleep(0.001)
         pace.is_due.set()
         executor.run_freely()
         while await thread.call(lambda scheduler: scheduler.has_work):
@@ -156,5 +158,58 @@ def test_nobody_is_waited_for_while_others_are_waiting():
                 await asyncio.sleep(0.005)
         stopping = asyncio.to_thread(thread.stop)
         await stopping
+
+    asyncio.run(scenario())
+
+
+def test_workers_without_a_plan_get_one_before_the_clients_get_their_tokens():
+    """Telling takes the interpreter, and the workers would wait for that too. What nothing follows is told as well."""
+
+    async def scenario() -> None:
+        executor, told = _Noting(), []
+        engine = Engine(Scheduler(LIMITS), executor, run_ahead=0)
+        done = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def on_events(events: StepEvents) -> None:
+            told.append((len(executor.submitted), len(events)))
+            if len(told) == 5:
+                loop.call_soon_threadsafe(done.set)
+
+        thread = EngineThread(engine, executor, on_events, lambda error: None)
+        thread.start()
+        executor.free_running = True
+        await thread.call(lambda scheduler: scheduler.add(make_request("r", [1, 2, 3], max_tokens=5)))
+        await asyncio.wait_for(done.wait(), 10)
+        assert told == [(2, 1), (3, 1), (4, 1), (5, 1), (5, 1)]
+        thread.stop()
+
+    asyncio.run(scenario())
+
+
+def test_what_the_last_step_brought_is_told_before_the_failure():
+    async def scenario() -> None:
+        executor, told = _Noting(), []
+        engine = Engine(Scheduler(LIMITS), executor, run_ahead=0)
+        failed = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def collect() -> StepResult:
+            result = SteppedExecutor.collect(executor)
+            executor.failure = RuntimeError("gone")
+            return result
+
+        def on_failure(error: Exception) -> None:
+            told.append(str(error))
+            loop.call_soon_threadsafe(failed.set)
+
+        executor.collect = collect  # type: ignore[method-assign]
+        executor.free_running = True
+        thread = EngineThread(engine, executor, lambda events: told.append(len(events)), on_failure)
+        thread.start()
+        await thread.call(lambda scheduler: scheduler.add(make_request("r", [1, 2, 3], max_tokens=5)))
+        await asyncio.wait_for(failed.wait(), 10)
+        assert told == [1, "gone"]
+        thread.stop()
 
     asyncio.run(scenario())
