@@ -199,7 +199,7 @@ def blocked(weight: torch.Tensor, packed: torch.Tensor) -> BlockedWeight | None:
     processor multiplies no pairs of bfloat16, or whole tiles of them; the layout is another; there are fewer blocks
     than threads."""
     outputs, inputs = weight.shape
-    if not has_dot() or _has_tiles() or weight.dtype != torch.bfloat16:
+    if not has_dot() or _has_tiles() or weight.dtype != torch.bfloat16 or not hasattr(torch.ops.mkldnn, "data_ptr"):
         return None
     if outputs % OUTPUTS or inputs % (2 * UNROLLED) or outputs // OUTPUTS < torch.get_num_threads():
         return None
