@@ -139,30 +139,21 @@ def _region() -> int:
                 end = rows * (group + 1) // groups
                 x, out = a[4] + first * stride, a[8] + block * 2 * OUTPUTS + first * out_stride
                 count = end - first
-                if groups == 1:
-                    fetched = weight + AHEAD
-                    if count == 1:
-                        _multiply(1, 1, x, stride, weight, pairs, bias, out, out_stride, fetched, lines)
-                    elif count == 2:
-                        _multiply(2, 1, x, stride, weight, pairs, bias, out, out_stride, fetched, lines)
-                    elif count == 3:
-                        _multiply(3, 1, x, stride, weight, pairs, bias, out, out_stride, fetched, lines)
-                    elif count == 4:
-                        _multiply(4, 1, x, stride, weight, pairs, bias, out, out_stride, fetched, lines)
-                    elif count == 5:
-                        _multiply(5, 1, x, stride, weight, pairs, bias, out, out_stride, fetched, lines)
-                    else:
-                        _multiply(6, 1, x, stride, weight, pairs, bias, out, out_stride, fetched, lines)
-                else:  # of more than GROUP rows, shared out evenly
+                fetched = weight + AHEAD
+                if groups > 1:  # which hold at least three rows each
                     fetched = following_weight + min(group * of_group, block_bytes - of_group)
-                    if count == 3:
-                        _multiply(3, 0, x, stride, weight, pairs, bias, out, out_stride, fetched, lines)
-                    elif count == 4:
-                        _multiply(4, 0, x, stride, weight, pairs, bias, out, out_stride, fetched, lines)
-                    elif count == 5:
-                        _multiply(5, 0, x, stride, weight, pairs, bias, out, out_stride, fetched, lines)
-                    else:
-                        _multiply(6, 0, x, stride, weight, pairs, bias, out, out_stride, fetched, lines)
+                if count == 1:
+                    _multiply(1, 1, x, stride, weight, pairs, bias, out, out_stride, fetched, lines)
+                elif count == 2:
+                    _multiply(2, 1, x, stride, weight, pairs, bias, out, out_stride, fetched, lines)
+                elif count == 3:
+                    _multiply(3, 0, x, stride, weight, pairs, bias, out, out_stride, fetched, lines)
+                elif count == 4:
+                    _multiply(4, 0, x, stride, weight, pairs, bias, out, out_stride, fetched, lines)
+                elif count == 5:
+                    _multiply(5, 0, x, stride, weight, pairs, bias, out, out_stride, fetched, lines)
+                else:
+                    _multiply(6, 0, x, stride, weight, pairs, bias, out, out_stride, fetched, lines)
                 first = end
             block = following
 
