@@ -185,7 +185,7 @@ def work(arguments: argparse.Namespace, model: str, reporter: isolated.Reporter)
     reporter.send(model, "model", dtype=config.dtype, limits=limits)
     fill(executor._runner.pool.tensor)
     settle()
-    run_ahead = arguments.run_ahead if arguments.run_ahead is not None else int(device == "cuda")
+    run_ahead = config.run_ahead if arguments.run_ahead is None else arguments.run_ahead
     wanted = [case for case in wanted if blocks_needed(case, steps, config.block_size) <= executor.num_blocks]
     for case in wanted[:1]:  # once for nothing: threads are started and memory is touched
         list(decode(executor, config, case, steps, run_ahead))

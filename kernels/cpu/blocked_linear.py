@@ -29,12 +29,11 @@ import torch
 from llvmlite import ir
 from numba import carray, types
 from numba.core import cgutils
-from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 from quire.kernels.cpu import threads
 from quire.kernels.cpu.threads import pointer
-from quire.kernels.cpu.vector import BFLOAT16, CACHE_LINE, HALVES, I32, I64, Code, has_dot
+from quire.kernels.cpu.vector import BFLOAT16, CACHE_LINE, HALVES, I32, I64, Code, features, has_dot
 
 OUTPUTS = 64
 """Of a block."""
@@ -53,6 +52,9 @@ LINES = UNROLLED * PAIR_BYTES // CACHE_LINE
 GROUP = 6
 """Rows that are multiplied at once: 24 vectors of sums and 4 of weights."""
 
+LEAST_OF_SEVERAL = 3
+"""Rows that a group has at least where there are several: more than GROUP are shared out evenly."""
+
 AHEAD = 4096
 """Bytes by which the block itself is asked for ahead, where there is one group only."""
 
@@ -62,22 +64,22 @@ ALONE = 1 << 15
 
 @intrinsic(prefer_literal=True)
 def _multiply(
-    typing_context: Any, rows: Any, is_only: Any,
+    typing_context: Any, rows: Any,
     x: Any, stride: Any, weight: Any, pairs: Any, bias: Any, out: Any, out_stride: Any, fetched: Any, lines: Any,
 ) -> Any:  # fmt: skip
     """`rows` rows of x, `stride` bytes apart, times one block of `pairs` pairs of inputs, plus the block's bias unless
-    its address is 0. Meanwhile `lines` cache lines from `fetched` on are asked for in every turn: LINES, if this is the
-    only group, which then need no loop of their own."""
+    its address is 0. Meanwhile `lines` cache lines from `fetched` on are asked for in every turn: LINES for so
+    few rows that they are the only group, which then need no loop of their own."""
     num_rows, vectors = rows.literal_value, range(OUTPUTS // LANES)
 
     def generate(_context: Any, b: Any, _signature: Any, arguments: Any) -> Any:
-        x, stride, weight, pairs, bias, out, out_stride, fetched, lines = arguments[2:]
+        x, stride, weight, pairs, bias, out, out_stride, fetched, lines = arguments[1:]
         code = Code(b, LANES)
         row_starts = [b.add(x, b.mul(stride, I64(row))) for row in range(num_rows)]
         sums = [[cgutils.alloca_once_value(b, code.splat(0.0)) for _ in vectors] for _ in range(num_rows)]
         with cgutils.for_range(b, b.udiv(pairs, I64(UNROLLED))) as turn:
             first = b.add(fetched, b.mul(turn.index, b.mul(lines, I64(CACHE_LINE))))
-            if is_only.literal_value:
+            if num_rows < LEAST_OF_SEVERAL:
                 code.prefetch(first, LINES * CACHE_LINE)
             else:
                 with cgutils.for_range(b, lines) as line:
@@ -102,7 +104,7 @@ def _multiply(
                 pair = b.load(of_row[v]), b.load(of_row[v + 1])
                 code.store_pair(pair, BFLOAT16, HALVES, place, 2 * LANES * v)
 
-    return types.void(rows, is_only, *[types.int64] * 9), generate
+    return types.void(rows, *[types.int64] * 9), generate
 
 
 @intrinsic
@@ -140,20 +142,20 @@ def _region() -> int:
                 x, out = a[4] + first * stride, a[8] + block * 2 * OUTPUTS + first * out_stride
                 count = end - first
                 fetched = weight + AHEAD
-                if groups > 1:  # which hold at least three rows each
+                if groups > 1:
                     fetched = following_weight + min(group * of_group, block_bytes - of_group)
                 if count == 1:
-                    _multiply(1, 1, x, stride, weight, pairs, bias, out, out_stride, fetched, lines)
+                    _multiply(1, x, stride, weight, pairs, bias, out, out_stride, fetched, lines)
                 elif count == 2:
-                    _multiply(2, 1, x, stride, weight, pairs, bias, out, out_stride, fetched, lines)
+                    _multiply(2, x, stride, weight, pairs, bias, out, out_stride, fetched, lines)
                 elif count == 3:
-                    _multiply(3, 0, x, stride, weight, pairs, bias, out, out_stride, fetched, lines)
+                    _multiply(3, x, stride, weight, pairs, bias, out, out_stride, fetched, lines)
                 elif count == 4:
-                    _multiply(4, 0, x, stride, weight, pairs, bias, out, out_stride, fetched, lines)
+                    _multiply(4, x, stride, weight, pairs, bias, out, out_stride, fetched, lines)
                 elif count == 5:
-                    _multiply(5, 0, x, stride, weight, pairs, bias, out, out_stride, fetched, lines)
+                    _multiply(5, x, stride, weight, pairs, bias, out, out_stride, fetched, lines)
                 else:
-                    _multiply(6, 0, x, stride, weight, pairs, bias, out, out_stride, fetched, lines)
+                    _multiply(6, x, stride, weight, pairs, bias, out, out_stride, fetched, lines)
                 first = end
             block = following
 
@@ -200,8 +202,7 @@ def blocked(weight: torch.Tensor, packed: torch.Tensor) -> BlockedWeight | None:
 
 
 def _has_tiles() -> bool:
-    features: str = cpu_target.target_context.codegen().magic_tuple()[2]
-    return "+amx-bf16" in features.split(",")
+    return "+amx-bf16" in features()
 
 
 def _is_laid_out(weight: torch.Tensor, address: int) -> bool:

@@ -64,11 +64,16 @@ class _Bfloat(ir.Type):  # type: ignore[misc]
 
 
 @functools.cache
+def features() -> frozenset[str]:
+    """Of the processor that numba compiles for, as LLVM names them: "+avx512bf16"."""
+    return frozenset(cpu_target.target_context.codegen().magic_tuple()[2].split(","))
+
+
+@functools.cache
 def has_dot() -> bool:
     """Whether the processor that numba compiles for multiplies pairs of bfloat16, and LLVM knows the instruction by the
     types of today."""
-    features: str = cpu_target.target_context.codegen().magic_tuple()[2]
-    known = {"+avx512bf16", "+avx512vl"} <= set(features.split(","))
+    known = {"+avx512bf16", "+avx512vl"} <= features()
     return known and llvmlite.binding.llvm_version_info[0] >= 17
 
 

@@ -156,8 +156,7 @@ def test_nobody_is_waited_for_while_others_are_waiting():
         async with asyncio.timeout(20):  # the patience is 30
             while len(executor.submitted) < 2:
                 await asyncio.sleep(0.005)
-        stopping = asyncio.to_thread(thread.stop)
-        await stopping
+        await asyncio.to_thread(thread.stop)
 
     asyncio.run(scenario())
 
