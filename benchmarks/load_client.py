@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from benchmarks.latency import Record
+from quire.cluster.cores import give_way
 
 Note = Callable[[int], None]
 """Called with a number of tokens when they come."""
@@ -213,4 +214,5 @@ def _cpu_seconds() -> float:
 
 
 if __name__ == "__main__":
+    give_way()  # on the server's own cores it would else interrupt it at every token, as no client elsewhere does
     print(json.dumps(asyncio.run(run(json.load(sys.stdin)))), flush=True)

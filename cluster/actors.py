@@ -14,6 +14,7 @@ import grpc
 import ray
 
 from quire.cluster.controller import Controller, ControllerConfig
+from quire.cluster.cores import give_way
 from quire.cluster.executor import WorkerAddress
 from quire.cluster.fate import exit_with_parent
 from quire.cluster.gateway import Gateway, GatewayConfig, read_tokenizer
@@ -97,8 +98,11 @@ class WorkerActor:
 class ControllerActor:
     """Scheduler, KV block manager and engine loop of one replica."""
 
-    def __init__(self) -> None:
+    def __init__(self, shares_cores: bool) -> None:
+        """`shares_cores`: with workers that compute on a CPU."""
         exit_with_parent()
+        if shares_cores:
+            give_way()
         self._controller: Controller | None = None
 
     async def start(
@@ -148,8 +152,10 @@ class ControllerActor:
 class GatewayActor:
     """The public edge: text in front, token ids behind."""
 
-    def __init__(self) -> None:
+    def __init__(self, shares_cores: bool) -> None:
         exit_with_parent()
+        if shares_cores:
+            give_way()
         self._gateway: Gateway | None = None
 
     async def prepare(self, model: str) -> None:

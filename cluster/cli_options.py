@@ -75,7 +75,8 @@ engine_options = options(
     option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="auto: a GPU if there is one."),
     option("--deterministic", is_flag=True,
            help="A request's output is the same to the last bit whatever runs beside it."),
-    option("--enforce-eager", is_flag=True, help="No CUDA graphs: less memory, slower steps."),
+    option("--enforce-eager", is_flag=True,
+           help="Launch every step, replay none: no CUDA graphs, less memory, slower."),
 )  # fmt: skip
 
 url_option = option("--url", default=URL, metavar="HOST:PORT", help="The server.")

@@ -178,10 +178,10 @@ class Replica:
             ).remote(self.engine.worker_config(rank), self._token)
             for rank in range(self.engine.tensor_parallel_size)
         ]
-        self.controller = _actor(ControllerActor, _in_bundle(group, 0)).remote()
+        self.controller = _actor(ControllerActor, _in_bundle(group, 0)).remote(not on_gpu)
         # Where the user is: the address in the ready line must answer there.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self._gateway = _actor(GatewayActor, here).remote()
+        self._gateway = _actor(GatewayActor, here).remote(not on_gpu)
 
     def _start_workers(self, stop: Callable[[], bool]) -> list[WorkerAddress]:
         how = ", deterministic" if self.engine.deterministic else ""

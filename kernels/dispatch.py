@@ -36,6 +36,15 @@ def blocked_linear() -> ModuleType | None:
     return blocked_linear
 
 
+def programs() -> ModuleType | None:
+    """`kernels/cpu/program.py`, where loops can be compiled."""
+    if _fused() is None:
+        return None
+    from quire.kernels.cpu import program
+
+    return program
+
+
 @functools.cache
 def _fused() -> ModuleType | None:
     try:

@@ -58,7 +58,7 @@ class WorkerConfig:
     """A row's numbers depend neither on the rows beside it nor on how its tokens were cut into steps nor on threads."""
 
     enforce_eager: bool = False
-    """Decode steps are launched kernel by kernel, and no CUDA graphs are recorded; a CPU never does."""
+    """Decode steps are launched kernel by kernel; none is recorded and replayed."""
 
     num_threads: int | None = None
     """Compute threads of this rank on a CPU; None: the machine's cores divided by the ranks on it."""

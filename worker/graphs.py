@@ -110,6 +110,14 @@ class DecodeGraphs:
         index = bisect.bisect_left(self._sizes, num_rows)
         return self._sizes[index] if self._recordings and index < len(self._sizes) else 0
 
+    @staticmethod
+    def is_worth_launching(shared: SharedPrefixes, bytes_per_token: int) -> bool:
+        """Whether reading shared prefixes once, which a recording cannot, saves more than a replay does.
+        `bytes_per_token` are keys and values of one layer."""
+        members = shared.starts[1:] - shared.starts[:-1]
+        saved = int(((members - 1) * shared.lengths).sum())
+        return saved * bytes_per_token > LAUNCHES_WORTH
+
     def forward(self, size: int) -> torch.Tensor:
         """Hidden states [size, hidden] of the rows that the step's inputs name."""
         recording = self._recordings[size][0]
@@ -119,11 +127,3 @@ class DecodeGraphs:
     def finish(self, size: int) -> None:
         """Goes on from the hidden states of the last forward(size)."""
         self._recordings[size][1].replay()
-
-
-def is_worth_launching(shared: SharedPrefixes, bytes_per_token: int) -> bool:
-    """Whether reading shared prefixes once, which a recording cannot, saves more than a replay does. `bytes_per_token`
-    are keys and values of one layer."""
-    members = shared.starts[1:] - shared.starts[:-1]
-    saved = int(((members - 1) * shared.lengths).sum())
-    return saved * bytes_per_token > LAUNCHES_WORTH

@@ -17,12 +17,13 @@ import numpy as np
 import torch
 
 from quire.protos import worker_pb2
-from quire.worker import pages
+from quire.worker import pages, programs
 from quire.worker.config import WorkerConfig
 from quire.worker.counts import TableSize
 from quire.worker.graphs import BYTES_PER_GRAPH, padded_sizes, recorder_for
 from quire.worker.host import usable_cores
 from quire.worker.memory import count_blocks, count_swap_blocks
+from quire.worker.models.decoder import Decoder
 from quire.worker.models.spec import ModelSpec
 from quire.worker.moves import BlockMover
 from quire.worker.parallel import TensorParallel
@@ -153,6 +154,8 @@ class Runner:
         recorder = recorder_for(config)
         if recorder is not None:
             self._stepper.record(recorder, self._graph_sizes)
+        elif programs.are_used(config) and isinstance(self.decoder, Decoder):
+            self._stepper.program()
         if self._mover.swap.num_slots:
             self._speeds = self._measure_speeds()
 

@@ -7,13 +7,15 @@ from typing import Protocol
 
 import torch
 
+from quire.kernels.attention import SharedPrefixes
 from quire.kernels.step_inputs import store_tokens
 from quire.protos import worker_pb2
 from quire.worker.batch import Batch, Parcel, StepInputs, find_shared
-from quire.worker.graphs import DecodeGraphs, Recorder, is_worth_launching
+from quire.worker.graphs import DecodeGraphs, Recorder
 from quire.worker.moves import BlockMover, Moves
 from quire.worker.parallel import TensorParallel
 from quire.worker.pool import KVPool
+from quire.worker.programs import DecodePrograms
 from quire.worker.sampler import Draw, Scores
 from quire.worker.table import RowTable
 from quire.worker.transfer import Arrival, Transfer
@@ -74,7 +76,7 @@ class Stepper:
         self.num_lines = transfer.num_lines
         """Steps that can be under way at once."""
         self._inputs = StepInputs(table, transfer)
-        self._graphs: DecodeGraphs | None = None
+        self._graphs: DecodeGraphs | DecodePrograms | None = None
 
     @torch.inference_mode()
     def record(self, recorder: Recorder, sizes: list[int]) -> None:
@@ -83,6 +85,17 @@ class Stepper:
         self._inputs.clear(sizes[-1])
         graphs.record(recorder)
         self._graphs = graphs
+
+    @torch.inference_mode()
+    def program(self) -> None:
+        """The same on a CPU, where steps are recorded as they come; the first is recorded here, for what it has to
+        compile."""
+        self._graphs = DecodePrograms(
+            lambda num_rows: self._inputs.static_batch(num_rows, self._deterministic),
+            lambda batch: self._model.forward(batch, self.pool.tensor),
+            self._finish_greedy,
+        )
+        self._graphs.padded(1)
 
     @torch.inference_mode()
     def launch(self, plan: worker_pb2.StepPlan, line: int) -> Launched:
@@ -100,7 +113,7 @@ class Stepper:
         shared = None
         if not self._deterministic:
             shared = find_shared(table, work)
-        padded = self._padded(work, shared is not None and is_worth_launching(shared, self._layer_bytes))
+        padded = self._padded(work, shared)
         parcel = self._inputs.load(line, work, padded)
         # Known alike on every rank, as the collectives that follow have to be the same.
         is_greedy = table.sampler.is_greedy(work.sampling_rows)
@@ -134,9 +147,11 @@ class Stepper:
         if loaded is not None:
             self.mover.run(loaded)
 
-    def _padded(self, work: Work, launched: bool) -> int:
+    def _padded(self, work: Work, shared: SharedPrefixes | None) -> int:
         """Rows of the recording that this step replays; 0: it is launched."""
-        if self._graphs is None or launched or not work.is_decode:
+        if self._graphs is None or not work.is_decode:
+            return 0
+        if shared is not None and self._graphs.is_worth_launching(shared, self._layer_bytes):
             return 0
         return self._graphs.padded(len(work.rows))
 

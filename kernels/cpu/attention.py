@@ -47,6 +47,8 @@ def paged_attention(
 ) -> torch.Tensor:  # [T, Hq, D]
     options = Options(scale, window, slopes, kv_scales)
     tables, starts, seq_lens = rows.block_tables, rows.query_starts, rows.seq_lens
+    if rows.static:
+        return _decode_static(q, kv_layer, rows, options)
     if _only_single(rows):
         return _decode(q, kv_layer, tables, seq_lens, options, rows.deterministic, rows.derived, rows.shared)
     lengths = np.diff(starts)
@@ -220,6 +222,17 @@ def _decode(
     finally:
         torch.set_num_threads(threads)
     return out
+
+
+def _decode_static(q: torch.Tensor, kv_layer: torch.Tensor, rows: PagedRows, options: Options) -> torch.Tensor:
+    """For a program: lengths are those in memory at each of its runs, `rows.seq_lens` bound them."""
+    compiled = _compiled(q, options)
+    assert compiled is not None and rows.on_device is not None, "only compiled loops can be recorded"
+    lengths, longest = rows.on_device[1].numpy(), int(rows.seq_lens.max())
+    scale, window, _, kv_scales = options
+    return compiled.decode(
+        q, kv_layer, rows.block_tables, lengths, scale, window, kv_scales, rows.derived, None, longest
+    )
 
 
 class _Loops(NamedTuple):

@@ -177,13 +177,13 @@ class BlockedWeight:
         if x.stride(-1) != 1:
             x = x.contiguous()
         rows, outputs, blocks = len(x), self._outputs, self._outputs // OUTPUTS
-        out = torch.empty(rows, outputs, dtype=x.dtype)
+        out = threads.empty((rows, outputs), x.dtype)
         arguments = threads.pack(
             0, rows, self._inputs // 2, blocks, x.data_ptr(), 2 * x.stride(0), self._address,
             0 if bias is None else bias.data_ptr(), out.data_ptr(), 2 * outputs,
         )  # fmt: skip
         if rows:
-            threads.run(self._region, arguments, 1 if outputs * self._inputs <= ALONE else None)
+            threads.run(self._region, arguments, 1 if outputs * self._inputs <= ALONE else None, counts=True)
         return out
 
 

@@ -46,6 +46,10 @@ NUMBERS = 23
 """A region's arguments."""
 
 SPLIT = 256
+
+MOST_STATES = 64 << 20
+"""Bytes of states of a program, which has to have room for the longest sequences."""
+
 FEW_HEADS = 64
 """States that one thread finishes sooner than it wakes the others."""
 
@@ -178,7 +182,7 @@ def _finish_region(size: int, q_kind: int, kv_kind: int, dot: int) -> int:
             length = np.int64(lengths[row])
             first = max(np.int64(begins[row]), length - window)
             count = (length - 1) // SPLIT - first // SPLIT + 1
-            if count == 1:
+            if count <= 1:  # 0: a row of padding
                 continue
             if row * num_threads() // num_rows == thread():
                 for head in range(heads):
@@ -205,7 +209,9 @@ class _Call(NamedTuple):
     of_shared: Any
     """Its arguments."""
     kept: tuple[Any, ...]
-    """What the arguments point at."""
+    """What the arguments point at and reads from."""
+    states: tuple[torch.Tensor, ...]
+    """What they point at and leaves nothing for the next step."""
 
 
 def decode(
@@ -218,22 +224,25 @@ def decode(
     kv_scales: torch.Tensor | None = None,  # [2, Hkv]
     derived: dict[Hashable, Any] | None = None,  # of the same rows: kept here for the layers that follow
     prefixes: SharedPrefixes | None = None,  # of the same rows; used where there is no window and tiles can be packed
+    longest: int | None = None,  # bounds seq_lens, which may be others at each replay of a program; None: they stay
 ) -> torch.Tensor:  # [B, Hq, D]
     q = q.contiguous()
     layout = (kv_layer.shape, kv_layer.stride(), kv_layer.dtype)
     key = (q.shape, q.dtype, layout, scale, window, kv_scales is None)
     call = None if derived is None else derived.get(key)
     if call is None:
-        call = _prepare(q, kv_layer, block_tables, seq_lens, scale, window, prefixes)
+        call = _prepare(q, kv_layer, block_tables, seq_lens, scale, window, prefixes, longest)
         if derived is not None:
             derived[key] = call
-    out = torch.empty_like(q)
+    threads.keep(call.kept)
+    out = threads.empty(q.shape, q.dtype)
     arguments = call.arguments
     arguments[9], arguments[10], arguments[17] = q.data_ptr(), kv_layer.data_ptr(), out.data_ptr()
     if kv_scales is not None:
         heads = q.shape[1]
         factors = head_factors(heads, scale, WIDENED.get(KINDS[kv_layer.dtype], 1.0), kv_scales)
         arguments[14], arguments[18] = factors.ctypes.data, factors.ctypes.data + 4 * heads
+        threads.keep(factors)
     if call.shared:
         of_shared = call.of_shared
         of_shared[9], of_shared[10], of_shared[16] = arguments[9], arguments[10], arguments[14]
@@ -252,6 +261,7 @@ def _prepare(
     scale: float,
     window: int | None,
     prefixes: SharedPrefixes | None,
+    longest: int | None,
 ) -> _Call:
     assert kv_layer.stride(-1) == 1
     assert block_tables.dtype == torch.int32 and block_tables.stride(1) == 1
@@ -263,18 +273,24 @@ def _prepare(
     dot = dots(size, tile, q_kind, kv_kind)
     if window is not None or not packs(tile, dot):
         prefixes = None
-    visible = int(lengths.max()) if window is None else window
+    bounds = lengths if longest is None else np.full(num_rows, longest, np.int32)
+    visible = int(bounds.max()) if window is None else window
     begins, members = np.zeros(num_rows, np.int32), np.full(num_rows, -1, np.int32)
     sharing: list[np.ndarray] = []
     if prefixes is not None:
         sharing = [np.ascontiguousarray(x, np.int32) for x in (prefixes.starts, prefixes.rows, prefixes.lengths)]
         begins[prefixes.rows] = np.repeat(prefixes.lengths, np.diff(prefixes.starts))
         members[prefixes.rows] = np.arange(len(prefixes.rows))
-    counts = (lengths - 1) // SPLIT - np.maximum(lengths - visible, begins) // SPLIT + 1
+    counts = (bounds - 1) // SPLIT - np.maximum(bounds - visible, begins) // SPLIT + 1
+    if longest is not None and window is not None:
+        counts += 1  # elsewhere than at the bound, a window may reach into one more
     num_splits = int(counts[counts > 1].sum())
+    if longest is not None and 4 * num_splits * heads * state_size(size) > MOST_STATES:
+        raise threads.NotRecordable(f"{num_rows} rows of up to {longest} tokens leave too much to be put together")
     factors = head_factors(heads, scale, WIDENED.get(kv_kind, 1.0), None)
-    states = torch.empty((num_splits, heads, state_size(size)))
-    begun = torch.empty((0 if prefixes is None else len(prefixes.rows), heads, state_size(size)))
+    states = threads.empty((num_splits, heads, state_size(size)), torch.float32)
+    num_members = 0 if prefixes is None else len(prefixes.rows)
+    begun = threads.empty((num_members, heads, state_size(size)), torch.float32)
     element, of_scores = BYTES[kv_kind], factors.ctypes.data
     strides = [stride * element for stride in kv_layer.stride()[:4]]
     arguments = threads.pack(
@@ -297,10 +313,11 @@ def _prepare(
         arguments,
         attend,
         finish if num_splits else 0,
-        1 if num_splits * heads < FEW_HEADS else None,
+        1 if num_splits * heads < FEW_HEADS and longest is None else None,
         shared if prefixes is not None else 0,
         of_shared,
-        (lengths, states, factors, block_tables, begins, members, begun, *sharing),
+        (lengths, factors, block_tables, begins, members, *sharing),
+        (states, begun),
     )
 
 

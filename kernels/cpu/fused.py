@@ -176,6 +176,26 @@ def _norm_region(dtype: torch.dtype) -> int:
 
 
 @functools.cache
+def _embed_region() -> int:
+    version = threads.version()
+
+    def body(address):
+        a = carray(pointer(address), (6,), np.int64)
+        if version == 0:
+            return
+        count, vocab, size = a[0], a[1], a[2]
+        ids = carray(pointer(a[3]), (count,), np.int64)
+        for i in range(count * thread() // num_threads(), count * (thread() + 1) // num_threads()):
+            out = carray(pointer(a[5] + i * size), (size,), np.uint8)
+            if 0 <= ids[i] < vocab:
+                out[:] = carray(pointer(a[4] + ids[i] * size), (size,), np.uint8)
+            else:
+                out[:] = 0
+
+    return threads.region(body)
+
+
+@functools.cache
 def _silu_region(dtype: torch.dtype) -> int:
     element, version = ELEMENTS[dtype], threads.version()
 
@@ -244,7 +264,7 @@ def _run(region: int, num_elements: int, *arguments: int) -> None:
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """[T, H] or [T, heads, H], rows may lie apart -> alike, contiguous."""
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = threads.empty(x.shape, x.dtype)
     if x.dim() not in (2, 3):
         x = x.reshape(-1, x.shape[-1])
     heads = x.shape[1] if x.dim() == 3 else 1
@@ -263,7 +283,7 @@ def add_rms_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """[..., H] each; see kernels/norm.py."""
     x, residual = x.contiguous(), residual.contiguous()
-    out, total = torch.empty_like(x), torch.empty_like(x)
+    out, total = threads.empty(x.shape, x.dtype), threads.empty(x.shape, x.dtype)
     size, count = x.shape[-1], x.numel()
     row_bytes = size * x.element_size()
     _run(
@@ -274,10 +294,21 @@ def add_rms_norm(
     return out, total
 
 
+def embed(token_ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """[T] int64 and [V, H], contiguous -> [T, H]; ids beyond V give zeros."""
+    count, size = len(token_ids), weight.shape[1]
+    out = threads.empty((count, size), weight.dtype)
+    _run(
+        _embed_region(), count * size,
+        count, weight.shape[0], size * weight.element_size(), token_ids.data_ptr(), weight.data_ptr(), out.data_ptr(),
+    )  # fmt: skip
+    return out
+
+
 def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     """[T, 2 * I], rows may lie apart -> [T, I]."""
     rows, size = x.shape[0], x.shape[1] // 2
-    out = torch.empty(rows, size, dtype=x.dtype)
+    out = threads.empty((rows, size), x.dtype)
     item = x.element_size()
     _run(_silu_region(x.dtype), x.numel(), rows, size, x.data_ptr(), x.stride(0) * item, out.data_ptr(), item)
     return out
@@ -296,7 +327,7 @@ def norm_rotate_write(
     tokens, all_heads, size = qkv.shape
     kv_heads, item = kv_layer.shape[3], qkv.element_size()
     heads = all_heads - 2 * kv_heads
-    out = torch.empty(tokens, heads, size, dtype=qkv.dtype)
+    out = threads.empty((tokens, heads, size), qkv.dtype)
     slots, positions, cos_sin = slots.contiguous(), positions.contiguous(), cos_sin.contiguous()
     _run(
         _rotate_region(qkv.dtype), qkv.numel(),

@@ -14,9 +14,10 @@ import functools
 import hashlib
 import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import llvmlite.binding
 import numba
@@ -43,7 +44,7 @@ def pointer(typing_context: Any, address: Any) -> Any:
 def _parallel() -> Any:
     """The entry of torch's OpenMP runtime, whichever it is; GNU's entry points are the ones that all of them have."""
     torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-    for name in ("omp_get_thread_num", "omp_get_num_threads"):
+    for name in ("omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier"):
         address = ctypes.cast(torch_cpu[name], ctypes.c_void_p).value
         llvmlite.binding.add_symbol(name, address)
     function = torch_cpu["GOMP_parallel"]
@@ -108,9 +109,62 @@ def float_bits(x: float) -> int:
     return int.from_bytes(struct.pack("=fi", x, 0), sys.byteorder)
 
 
-def run(address: int, arguments: Any, num_threads: int | None = None) -> None:
-    """Every thread of the pool calls the region with what `pack` made; a single one without the pool."""
-    if num_threads == 1:
+class NotRecordable(RuntimeError):
+    """What was to be recorded computes something beside our regions, or takes too much memory for it."""
+
+
+class Call(NamedTuple):
+    """Of a region, recorded."""
+
+    address: int
+    arguments: Any
+    counts: bool
+    """Its first argument counts what threads have taken."""
+
+
+class Recorder:
+    """What `run`, `empty` and `keep` tell while a program is recorded."""
+
+    def __init__(self, empty: Callable[[tuple[int, ...], torch.dtype], torch.Tensor]) -> None:
+        self.empty = empty
+        self.calls: list[Call] = []
+        self.kept: list[Any] = []
+
+
+_recorder: Recorder | None = None
+
+
+@contextmanager
+def recorded_by(recorder: Recorder) -> Iterator[None]:
+    """Within it, regions are noted and not run."""
+    global _recorder
+    _recorder = recorder
+    try:
+        yield
+    finally:
+        _recorder = None
+
+
+def empty(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    """For a region's results."""
+    if _recorder is not None:
+        return _recorder.empty(tuple(shape), dtype)
+    return torch.empty(shape, dtype=dtype)
+
+
+def keep(*objects: Any) -> None:
+    """What arguments point at and nobody else will hold."""
+    if _recorder is not None:
+        _recorder.kept.extend(objects)
+
+
+def run(address: int, arguments: Any, num_threads: int | None = None, counts: bool = False) -> None:
+    """Every thread of the pool calls the region with what `pack` made; a single one without the pool. `counts`: the
+    first argument counts what threads have taken, and is 0."""
+    if _recorder is not None:
+        copy = type(arguments).from_buffer_copy(arguments)
+        _recorder.calls.append(Call(address, copy, counts))
+    elif num_threads == 1:
         _alone()(address)(arguments)
     else:
         _parallel()(address, arguments, num_threads or torch.get_num_threads(), 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -67,6 +68,17 @@ def collect(responses: Iterator[pb.GenerateResponse]) -> tuple[list[int], str, p
                 text += finished.text
     assert started == 1 and finished is not None and finished.seq == len(tokens)
     return tokens, text, finished
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="scheduling policies are Linux's")
+def test_delivery_gives_way_to_computation(replica):
+    handle, _ = replica
+
+    def policy(actor: Any) -> int:
+        return ray.get(actor.__ray_call__.remote(lambda _self: os.sched_getscheduler(0)), timeout=30)
+
+    assert policy(handle.controller) == policy(handle._gateway) == os.SCHED_BATCH
+    assert [policy(worker) for worker in handle.workers] == [os.SCHED_OTHER] * 2
 
 
 def test_64_concurrent_streams_get_the_offline_answers(client):

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from quire.kernels import activation, kv_cache, norm, reference, rotary
+from quire.kernels.embedding import embedding
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -173,3 +174,10 @@ def test_the_twins_are_torchs_own_functions() -> None:
     rms = nn.RMSNorm(22, eps=1e-6)
     torch.testing.assert_close(reference.rms_norm(x, rms.weight.detach(), 1e-6), rms(x).detach())
     torch.testing.assert_close(reference.layer_norm(x, None, None, 1e-5), F.layer_norm(x, (22,)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("count", [0, 1, 7, 300])
+def test_embedding_takes_rows(dtype: torch.dtype, count: int) -> None:
+    table, ids = torch.randn(50, 96).to(dtype), torch.randint(0, 50, (count,))
+    assert torch.equal(embedding(ids, table), F.embedding(ids, table))

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from quire.kernels.embedding import embedding
 from quire.worker.layers.linear import Product, choose_product, empty_parameter
 from quire.worker.models.checkpoint import share
 from quire.worker.parallel import TensorParallel
@@ -29,7 +30,7 @@ class TokenEmbedding(nn.Module):
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         """[T] -> [T, size]"""
         if self.tp.size == 1:
-            return F.embedding(token_ids, self.weight)
+            return embedding(token_ids, self.weight)
         foreign = (token_ids < self.start) | (token_ids >= self.stop)
         rows = F.embedding((token_ids - self.start).masked_fill(foreign, 0), self.weight)
         return self.tp.all_reduce(rows.masked_fill(foreign[:, None], 0))

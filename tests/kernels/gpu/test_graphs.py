@@ -16,7 +16,7 @@ from transformers import Qwen3Config
 
 from quire.cluster.llm import LLM, SamplingParams
 from quire.kernels.attention import SharedPrefixes
-from quire.worker.graphs import is_worth_launching, padded_sizes
+from quire.worker.graphs import DecodeGraphs, padded_sizes
 
 # Padding computes with anything at all, and the interpreter's NumPy remarks on it.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -113,5 +113,5 @@ def test_a_long_prefix_of_many_rows_is_worth_the_launches() -> None:
     def shared(members: int, length: int) -> SharedPrefixes:
         return SharedPrefixes(np.arange(members), np.array([0, members], np.int32), np.array([length], np.int32))
 
-    assert not is_worth_launching(shared(4, 256), 4096)
-    assert is_worth_launching(shared(64, 2048), 4096)
+    assert not DecodeGraphs.is_worth_launching(shared(4, 256), 4096)
+    assert DecodeGraphs.is_worth_launching(shared(64, 2048), 4096)
