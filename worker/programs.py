@@ -39,19 +39,21 @@ class DecodePrograms:
         them."""
         self._batch, self._forward, self._finish = batch, forward, finish
         self._module: ModuleType | None = dispatch.programs()
-        """None: nothing can be recorded."""
+        """None: loops cannot be compiled."""
         self._memory: Any = None if self._module is None else self._module.Memory()
         self._recorded: dict[int, Any] = {}
+        self._too_many = float("inf")
+        """So many rows, and more, cannot be recorded; 1: no step can."""
 
     def padded(self, num_rows: int) -> int:
         """`num_rows` if a step of so many can be replayed, else 0."""
-        if num_rows not in self._recorded and self._module is not None:
+        if num_rows not in self._recorded and num_rows < self._too_many and self._module is not None:
             batch = self._batch(num_rows)
             try:
                 self._recorded[num_rows] = self._module.record(lambda: self._forward(batch), self._memory)
             except self._module.NotRecordable as error:
                 logger.debug("steps of %d rows and more are launched: %s", num_rows, error)
-                self._module = None
+                self._too_many = num_rows
         return num_rows if num_rows in self._recorded else 0
 
     @staticmethod

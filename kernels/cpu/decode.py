@@ -209,9 +209,9 @@ class _Call(NamedTuple):
     of_shared: Any
     """Its arguments."""
     kept: tuple[Any, ...]
-    """What the arguments point at and reads from."""
+    """What the arguments point at."""
     states: tuple[torch.Tensor, ...]
-    """What they point at and leaves nothing for the next step."""
+    """Likewise, but of no use once the layer is done: a program need not keep them for itself."""
 
 
 def decode(

@@ -187,10 +187,10 @@ def _embed_region() -> int:
         ids = carray(pointer(a[3]), (count,), np.int64)
         for i in range(count * thread() // num_threads(), count * (thread() + 1) // num_threads()):
             out = carray(pointer(a[5] + i * size), (size,), np.uint8)
-            if 0 <= ids[i] < vocab:
-                out[:] = carray(pointer(a[4] + ids[i] * size), (size,), np.uint8)
-            else:
-                out[:] = 0
+            exists = 0 <= ids[i] < vocab
+            row = carray(pointer(a[4] + (ids[i] if exists else 0) * size), (size,), np.uint8)
+            for j in range(size):
+                out[j] = row[j] if exists else np.uint8(0)
 
     return threads.region(body)
 

@@ -14,6 +14,7 @@ import functools
 import hashlib
 import struct
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -131,39 +132,44 @@ class Recorder:
         self.kept: list[Any] = []
 
 
-_recorder: Recorder | None = None
+class _Here(threading.local):
+    """Other threads may compute while this one records."""
+
+    recorder: Recorder | None = None
+
+
+_here = _Here()
 
 
 @contextmanager
 def recorded_by(recorder: Recorder) -> Iterator[None]:
-    """Within it, regions are noted and not run."""
-    global _recorder
-    _recorder = recorder
+    """Within it, this thread notes regions and does not run them."""
+    _here.recorder = recorder
     try:
         yield
     finally:
-        _recorder = None
+        _here.recorder = None
 
 
 def empty(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> torch.Tensor:
     """For a region's results."""
-    if _recorder is not None:
-        return _recorder.empty(tuple(shape), dtype)
+    if (recorder := _here.recorder) is not None:
+        return recorder.empty(tuple(shape), dtype)
     return torch.empty(shape, dtype=dtype)
 
 
 def keep(*objects: Any) -> None:
     """What arguments point at and nobody else will hold."""
-    if _recorder is not None:
-        _recorder.kept.extend(objects)
+    if (recorder := _here.recorder) is not None:
+        recorder.kept.extend(objects)
 
 
 def run(address: int, arguments: Any, num_threads: int | None = None, counts: bool = False) -> None:
     """Every thread of the pool calls the region with what `pack` made; a single one without the pool. `counts`: the
     first argument counts what threads have taken, and is 0."""
-    if _recorder is not None:
-        copy = type(arguments).from_buffer_copy(arguments)
-        _recorder.calls.append(Call(address, copy, counts))
+    if (recorder := _here.recorder) is not None:
+        copy = type(arguments).from_buffer_copy(arguments)  # layers set them anew
+        recorder.calls.append(Call(address, copy, counts))
     elif num_threads == 1:
         _alone()(address)(arguments)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from random_models import build_model
 from transformers import LlamaConfig, OPTConfig, PretrainedConfig, Qwen3Config
 
 from quire.cluster.llm import LLM, SamplingParams
-from quire.kernels.cpu import blocked_linear, vector
+from quire.kernels.cpu import blocked_linear, decode, program, vector
 from quire.worker.programs import DecodePrograms
 
 BUGS = [
@@ -22,7 +23,7 @@ BUGS = [
     ("shared prefixes forgotten", "worker/programs.py", "        return True\n", "        return False\n",
      "test_shared_prefixes_are_read_once"),
     ("tried again and again", "worker/programs.py",
-     "                self._module = None\n", "                pass\n", "test_what_cannot_be_recorded_is_launched"),
+     "self._too_many = num_rows\n", "pass\n", "test_what_cannot_be_recorded_is_launched"),
 ]  # fmt: skip
 
 SMALL = dict(
@@ -109,14 +110,33 @@ def opt() -> PretrainedConfig:
 def test_what_cannot_be_recorded_is_launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tried once and given up."""
     build_model(opt(), tmp_path)
-    tried = []
-    forward = DecodePrograms.padded
+    tried, replayed = [], []
+    record, padded = program.record, DecodePrograms.padded
 
     def noted(self: DecodePrograms, size: int) -> int:
-        tried.append((self._module is not None, forward(self, size)))
-        return tried[-1][1]
+        replayed.append(padded(self, size))
+        return replayed[-1]
 
+    monkeypatch.setattr(program, "record", lambda *given: tried.append(given) or record(*given))
     monkeypatch.setattr(DecodePrograms, "padded", noted)
     params = [SamplingParams(max_tokens=5, ignore_eos=True)] * 2
     assert [len(ids) for ids in outputs(tmp_path, [[3, 4], [5]], params)] == [5, 5]
-    assert len(tried) > 3 and tried[0] == (True, 0) and set(tried[1:]) == {(False, 0)}
+    assert len(tried) == 1 and len(replayed) > 3 and not any(replayed)
+
+
+def test_fewer_rows_are_recorded_where_more_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build_model(LlamaConfig(**SMALL), tmp_path)
+    prompts, params = mixture(8)
+    params = [replace(each, max_tokens=20 + 2 * i) for i, each in enumerate(params)]
+    want = outputs(tmp_path, prompts, params, enforce_eager=True)
+    padded, sizes = DecodePrograms.padded, {}
+
+    def noted(self: DecodePrograms, size: int) -> int:
+        sizes[size] = padded(self, size)
+        return sizes[size]
+
+    monkeypatch.setattr(DecodePrograms, "padded", noted)
+    # Four rows of three splits and four heads, a state for each.
+    monkeypatch.setattr(decode, "MOST_STATES", 4 * 3 * 4 * 4 * decode.state_size(32))
+    assert outputs(tmp_path, prompts, params) == want
+    assert sizes == {size: size if size <= 4 else 0 for size in range(1, 9)}
