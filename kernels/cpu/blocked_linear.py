@@ -192,13 +192,19 @@ def blocked(weight: torch.Tensor, packed: torch.Tensor) -> BlockedWeight | None:
     processor multiplies no pairs of bfloat16, or whole tiles of them; the layout is another; there are fewer blocks
     than threads."""
     outputs, inputs = weight.shape
-    if not has_dot() or _has_tiles() or weight.dtype != torch.bfloat16 or not hasattr(torch.ops.mkldnn, "data_ptr"):
+    if not suits_processor() or weight.dtype != torch.bfloat16:
         return None
     if outputs % OUTPUTS or inputs % (2 * UNROLLED) or outputs // OUTPUTS < torch.get_num_threads():
         return None
     if not _is_laid_out(weight, torch.ops.mkldnn.data_ptr(packed)):
         return None
     return BlockedWeight(packed, outputs, inputs)
+
+
+def suits_processor() -> bool:
+    """It multiplies pairs of bfloat16, and not whole tiles of them, and torch tells where oneDNN's copies lie."""
+    there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "data_ptr")
+    return there and has_dot() and not _has_tiles()
 
 
 def _has_tiles() -> bool:

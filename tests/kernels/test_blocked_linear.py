@@ -13,7 +13,7 @@ if importlib.util.find_spec("numba") is None:
     pytest.skip("loops are compiled by numba", allow_module_level=True)
 
 from quire.kernels import linear
-from quire.kernels.cpu import blocked_linear, vector
+from quire.kernels.cpu import blocked_linear
 from quire.kernels.cpu.blocked_linear import BlockedWeight
 
 FILE = "kernels/cpu/blocked_linear.py"
@@ -47,7 +47,7 @@ SHAPES = [(64, 16), (192, 32), (128, 768), (768, 224)]
 ROWS = [*range(1, 15), 18, 19, 64, 131]
 
 pytestmark = pytest.mark.skipif(
-    not (vector.has_dot() and torch.backends.mkldnn.is_available()) or blocked_linear._has_tiles(),
+    not blocked_linear.suits_processor(),
     reason="this processor multiplies no pairs of bfloat16, or whole tiles of them",
 )
 

@@ -12,7 +12,7 @@ from random_models import build_model
 from transformers import LlamaConfig, OPTConfig, PretrainedConfig, Qwen3Config
 
 from quire.cluster.llm import LLM, SamplingParams
-from quire.kernels.cpu import blocked_linear, decode, program, vector
+from quire.kernels.cpu import blocked_linear, decode, program
 from quire.worker.programs import DecodePrograms
 
 BUGS = [
@@ -39,7 +39,7 @@ MODELS = {
 }
 
 pytestmark = pytest.mark.skipif(
-    not (vector.has_dot() and torch.backends.mkldnn.is_available()) or blocked_linear._has_tiles(),
+    not blocked_linear.suits_processor(),
     reason="products in bfloat16 are not compiled loops on this processor",
 )
 

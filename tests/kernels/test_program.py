@@ -13,7 +13,7 @@ import torch
 if importlib.util.find_spec("numba") is None:
     pytest.skip("loops are compiled by numba", allow_module_level=True)
 
-from quire.kernels.cpu import blocked_linear, decode, fused, vector
+from quire.kernels.cpu import blocked_linear, decode, fused
 from quire.kernels.cpu.program import Memory, NotRecordable, record
 
 FILE = "kernels/cpu/program.py"
@@ -99,7 +99,7 @@ def test_decode_follows_the_lengths(dtype: torch.dtype, window: int | None, num_
 
 
 @pytest.mark.skipif(
-    not (vector.has_dot() and torch.backends.mkldnn.is_available()) or blocked_linear._has_tiles(),
+    not blocked_linear.suits_processor(),
     reason="this processor multiplies no pairs of bfloat16, or whole tiles of them",
 )
 def test_products_run_again() -> None:
