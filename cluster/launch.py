@@ -30,6 +30,7 @@ from quire.cluster.grpc_api import ApiSettings
 from quire.cluster.laps import Laps, process_started
 from quire.cluster.progress import Progress
 from quire.protos import worker_pb2
+from quire.worker.compiled import compile_ahead
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,8 @@ def serve(config: ServeConfig) -> int:
             f"{', reserve and release prefixes' if config.serves_admin else ''}, there is no authentication"
         )
     laps.lap("command")
+    if config.address is None:
+        compile_ahead(engine.worker_config(0), engine.spec.head_dim)
     # In this order: Ray installs handlers of its own when it starts.
     with connection(config.address, engine.tensor_parallel_size, progress), _signals() as stop:
         laps.lap("Ray")

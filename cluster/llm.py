@@ -25,6 +25,7 @@ from quire.scheduler.plan import Answer, Logprobs, TokenEvent
 from quire.scheduler.request import Request, check_cache_salt, check_prompt
 from quire.scheduler.scheduler import Scheduler
 from quire.scheduler.sequence import FinishReason
+from quire.worker.compiled import compile_ahead
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 """Text, token ids, or one of them as {"prompt": text} or {"prompt_token_ids": ids}, where "cache_salt" may be beside
@@ -119,6 +120,7 @@ class LLM:
         )  # fmt: skip
         chosen = {name: value for name, value in given.items() if value is not None}
         self.config = resolve(EngineConfig(**chosen), offline=True)
+        compile_ahead(self.config.worker_config(0), self.config.spec.head_dim)
         self.tokenizer = _tokenizer(self.config.model)
         self._executor = LocalExecutor(self.config.worker_config(0))
         self._limits = self.config.scheduler_config(self._executor.num_blocks, self._executor.descriptions)

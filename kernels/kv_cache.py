@@ -13,6 +13,9 @@ FLOAT8 = torch.float8_e4m3fn
 
 FLOAT8_MAX = 448.0
 
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "fp8": FLOAT8}
+"""What a pool may hold, by the names of `--kv-cache-dtype` and `--dtype`."""
+
 
 def write_kv(
     k: torch.Tensor,  # [T, Hkv, D]

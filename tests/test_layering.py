@@ -25,7 +25,10 @@ MAY_IMPORT = {
 }  # fmt: skip
 
 # These need the standard library alone, so anything above may read them.
-PLAIN = {"quire.worker.config", "quire.worker.host", "quire.worker.models.spec", "quire.worker.models.checkpoint"}
+PLAIN = {
+    "quire.worker.compiled", "quire.worker.config", "quire.worker.host", "quire.worker.models.spec",
+    "quire.worker.models.checkpoint",
+}  # fmt: skip
 
 
 def imports(file: Path, at_import: bool = False) -> set[str]:

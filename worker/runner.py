@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from quire.kernels import kv_cache
 from quire.protos import worker_pb2
 from quire.worker import pages, programs
 from quire.worker.config import WorkerConfig
@@ -39,12 +40,6 @@ Progress = Callable[[int, int], None]
 SCRATCH_BLOCKS = 8
 """Of rehearsals: their rows share these blocks, and read what they like."""
 
-KV_DTYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "fp8": torch.float8_e4m3fn,
-}
 GREEDY = worker_pb2.Sampling(top_p=1, repetition_penalty=1)
 COSTLIEST = worker_pb2.Sampling(temperature=1, top_p=0.9, repetition_penalty=1.1, logprobs=1)
 
@@ -115,7 +110,7 @@ class Runner:
             self.config.block_size,
             self.decoder.num_local_kv_heads,
             self.decoder.spec.head_dim,
-            KV_DTYPES[self.config.kv_cache_dtype or self.config.dtype],
+            kv_cache.DTYPES[self.config.kv_cache_dtype or self.config.dtype],
         )
 
     def measure(self) -> int:

@@ -118,7 +118,7 @@ def _take(typing_context: Any, counter: Any) -> Any:
 
 
 @functools.cache
-def _region() -> int:
+def multiply_region() -> int:
     version = threads.version()
 
     def body(address):  # type: ignore[no-untyped-def]
@@ -169,7 +169,7 @@ class BlockedWeight:
         self._packed = packed  # kept: an address does not hold its memory
         self._address: int = torch.ops.mkldnn.data_ptr(packed)
         self._outputs, self._inputs = outputs, inputs
-        self._region = _region()
+        self._region = multiply_region()
 
     def multiply(self, x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x [T, K] and a bias [N] -> [T, N]; `packed` is the weight that this was made from."""

@@ -15,7 +15,6 @@ blocks and of rows.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Hashable
 from typing import Any, NamedTuple
 
@@ -30,12 +29,12 @@ from quire.kernels.cpu.shared import shared_region
 from quire.kernels.cpu.threads import pointer, thread
 from quire.kernels.cpu.threads import threads as num_threads
 from quire.kernels.cpu.tile import (
-    MAX_TILE,
     TOTALS,
+    Form,
     attend_tile,
     clear,
-    dots,
     finish_head,
+    form_of,
     go_on,
     state_size,
     total_weight,
@@ -71,9 +70,10 @@ def _merge(states, first, count, size):  # type: ignore[no-untyped-def]
 
 
 @functools.cache
-def _attend_region(size: int, tile: int, q_kind: int, kv_kind: int, dot: int) -> int:
+def attend_region(form: Form) -> int:
     """Results of rows of one split; of the others, every split's and head's state. Cached on disk by what the body
     closes over: numbers alone."""
+    size, tile, q_kind, kv_kind, dot = form
     version, floats, q_bytes = threads.version(), state_size(size), BYTES[q_kind]
 
     def attend(address):  # type: ignore[no-untyped-def]
@@ -164,8 +164,9 @@ def _attend_region(size: int, tile: int, q_kind: int, kv_kind: int, dot: int) ->
 
 
 @functools.cache
-def _finish_region(size: int, q_kind: int, kv_kind: int, dot: int) -> int:
+def finish_region(form: Form) -> int:
     """From the states to the results of rows of several splits."""
+    size, _, q_kind, kv_kind, dot = form
     version, floats, q_bytes = threads.version(), state_size(size), BYTES[q_kind]
 
     def finish(address):  # type: ignore[no-untyped-def]
@@ -268,10 +269,8 @@ def _prepare(
     num_rows, heads, size = q.shape
     block_size, kv_heads = kv_layer.shape[2:4]
     lengths = np.ascontiguousarray(seq_lens, np.int32)
-    q_kind, kv_kind = KINDS[q.dtype], KINDS[kv_layer.dtype]
-    tile = math.gcd(block_size, MAX_TILE)
-    dot = dots(size, tile, q_kind, kv_kind)
-    if window is not None or not packs(tile, dot):
+    form = form_of(size, block_size, KINDS[q.dtype], KINDS[kv_layer.dtype])
+    if window is not None or not packs(form):
         prefixes = None
     bounds = lengths if longest is None else np.full(num_rows, longest, np.int32)
     visible = int(bounds.max()) if window is None else window
@@ -287,11 +286,11 @@ def _prepare(
     num_splits = int(counts[counts > 1].sum())
     if longest is not None and 4 * num_splits * heads * state_size(size) > MOST_STATES:
         raise threads.NotRecordable(f"{num_rows} rows of up to {longest} tokens leave too much to be put together")
-    factors = head_factors(heads, scale, WIDENED.get(kv_kind, 1.0), None)
+    factors = head_factors(heads, scale, WIDENED.get(form.kv_kind, 1.0), None)
     states = threads.empty((num_splits, heads, state_size(size)), torch.float32)
     num_members = 0 if prefixes is None else len(prefixes.rows)
     begun = threads.empty((num_members, heads, state_size(size)), torch.float32)
-    element, of_scores = BYTES[kv_kind], factors.ctypes.data
+    element, of_scores = BYTES[form.kv_kind], factors.ctypes.data
     strides = [stride * element for stride in kv_layer.stride()[:4]]
     arguments = threads.pack(
         num_rows, heads, kv_heads, block_size, visible, *strides,
@@ -300,8 +299,8 @@ def _prepare(
         begins.ctypes.data, members.ctypes.data, begun.data_ptr(),
     )  # fmt: skip
     # All now: whoever waits for a compilation waits at the start.
-    attend, finish = _attend_region(size, tile, q_kind, kv_kind, dot), _finish_region(size, q_kind, kv_kind, dot)
-    shared = shared_region(size, tile) if window is None and packs(tile, dot) else 0
+    attend, finish = attend_region(form), finish_region(form)
+    shared = shared_region(form) if window is None and packs(form) else 0
     of_shared = None
     if prefixes is not None:
         of_shared = threads.pack(

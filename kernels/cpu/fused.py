@@ -149,7 +149,7 @@ def _rotate_head(x, cos_sin, half, out):
 
 
 @functools.cache
-def _norm_region(dtype: torch.dtype) -> int:
+def norm_region(dtype: torch.dtype) -> int:
     element, version = ELEMENTS[dtype], threads.version()
 
     def body(address):
@@ -176,7 +176,7 @@ def _norm_region(dtype: torch.dtype) -> int:
 
 
 @functools.cache
-def _embed_region() -> int:
+def embed_region() -> int:
     version = threads.version()
 
     def body(address):
@@ -196,7 +196,7 @@ def _embed_region() -> int:
 
 
 @functools.cache
-def _silu_region(dtype: torch.dtype) -> int:
+def silu_region(dtype: torch.dtype) -> int:
     element, version = ELEMENTS[dtype], threads.version()
 
     def body(address):
@@ -213,7 +213,7 @@ def _silu_region(dtype: torch.dtype) -> int:
 
 
 @functools.cache
-def _rotate_region(dtype: torch.dtype) -> int:
+def rotate_region(dtype: torch.dtype) -> int:
     element, version = ELEMENTS[dtype], threads.version()
 
     def body(address):
@@ -271,7 +271,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     size, item = x.shape[-1], x.element_size()
     of_head = x.stride(1) * item if x.dim() == 3 else 0
     _run(
-        _norm_region(x.dtype), x.numel(),
+        norm_region(x.dtype), x.numel(),
         x.shape[0], heads, size, x.data_ptr(), x.stride(0) * item, of_head, out.data_ptr(), size * item,
         weight.data_ptr(), threads.float_bits(eps), 0, 0,
     )  # fmt: skip
@@ -287,7 +287,7 @@ def add_rms_norm(
     size, count = x.shape[-1], x.numel()
     row_bytes = size * x.element_size()
     _run(
-        _norm_region(x.dtype), count,
+        norm_region(x.dtype), count,
         count // size, 1, size, x.data_ptr(), row_bytes, 0, out.data_ptr(), row_bytes, weight.data_ptr(),
         threads.float_bits(eps), residual.data_ptr(), total.data_ptr(),
     )  # fmt: skip
@@ -299,7 +299,7 @@ def embed(token_ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     count, size = len(token_ids), weight.shape[1]
     out = threads.empty((count, size), weight.dtype)
     _run(
-        _embed_region(), count * size,
+        embed_region(), count * size,
         count, weight.shape[0], size * weight.element_size(), token_ids.data_ptr(), weight.data_ptr(), out.data_ptr(),
     )  # fmt: skip
     return out
@@ -310,7 +310,7 @@ def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     rows, size = x.shape[0], x.shape[1] // 2
     out = threads.empty((rows, size), x.dtype)
     item = x.element_size()
-    _run(_silu_region(x.dtype), x.numel(), rows, size, x.data_ptr(), x.stride(0) * item, out.data_ptr(), item)
+    _run(silu_region(x.dtype), x.numel(), rows, size, x.data_ptr(), x.stride(0) * item, out.data_ptr(), item)
     return out
 
 
@@ -330,7 +330,7 @@ def norm_rotate_write(
     out = threads.empty((tokens, heads, size), qkv.dtype)
     slots, positions, cos_sin = slots.contiguous(), positions.contiguous(), cos_sin.contiguous()
     _run(
-        _rotate_region(qkv.dtype), qkv.numel(),
+        rotate_region(qkv.dtype), qkv.numel(),
         tokens, heads, kv_heads, size, cos_sin.shape[1] // 2, item,
         qkv.data_ptr(), qkv.stride(0) * item, qkv.stride(1) * item, kv_layer.shape[2],
         kv_layer.data_ptr(), *(stride * item for stride in kv_layer.stride()[:4]),

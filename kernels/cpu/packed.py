@@ -21,7 +21,7 @@ from numba import carray, njit, types
 from numba.extending import intrinsic
 
 from quire.kernels.cpu.threads import pointer
-from quire.kernels.cpu.tile import scratch_at, weigh
+from quire.kernels.cpu.tile import Form, scratch_at, weigh
 from quire.kernels.cpu.vector import I32, Code, width
 
 LEAST_TILE = 4
@@ -31,9 +31,9 @@ CHAINS = 4
 """Sums under way at once: a product must wait for the one before it in its sum."""
 
 
-def packs(tile: int, dot: int) -> bool:
-    """Whether tiles of so many tokens can be packed, where `dots()` of them is `dot`."""
-    return bool(dot) and tile >= LEAST_TILE
+def packs(form: Form) -> bool:
+    """Whether its tiles can be packed."""
+    return bool(form.dot) and form.tile >= LEAST_TILE
 
 
 def packed_floats(size: int, tile: int) -> int:

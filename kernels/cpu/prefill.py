@@ -10,7 +10,6 @@ and KV heads are shared out among the threads by the number of keys they see.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Hashable
 from typing import Any, NamedTuple
 
@@ -23,7 +22,7 @@ from quire.kernels.cpu.decode import head_factors
 from quire.kernels.cpu.packed import attend_packed, attend_packed_four, pack_tile, packed_floats, packs
 from quire.kernels.cpu.threads import pointer, thread
 from quire.kernels.cpu.threads import threads as num_threads
-from quire.kernels.cpu.tile import MAX_TILE, attend_tile, clear, dots, finish_head, state_size, total_weight
+from quire.kernels.cpu.tile import Form, attend_tile, clear, finish_head, form_of, state_size, total_weight
 from quire.kernels.cpu.vector import BYTES, KINDS, WIDENED, width
 
 STATES = 32
@@ -33,9 +32,10 @@ PACKED_STATES = 128
 
 
 @functools.cache
-def _region(size: int, tile: int, q_kind: int, kv_kind: int, dot: int) -> int:
+def prefill_region(form: Form) -> int:
+    size, tile, q_kind, kv_kind, dot = form
     version, floats, q_bytes = threads.version(), state_size(size), BYTES[q_kind]
-    packed_form, lanes = int(packs(tile, dot)), width(size)
+    packed_form, lanes = int(packs(form)), width(size)
     room, most = (packed_floats(size, tile), PACKED_STATES) if packed_form else (0, STATES)
 
     # Cached on disk by what it closes over: numbers alone.
@@ -230,15 +230,13 @@ def _prepare(
     heads, size = q.shape[1:]
     block_size, kv_heads = kv_layer.shape[2:4]
     starts, counts, lengths = (np.ascontiguousarray(x, np.int32) for x in (query_starts, num_queries, seq_lens))
-    q_kind, kv_kind = KINDS[q.dtype], KINDS[kv_layer.dtype]
-    factors = head_factors(heads, scale, WIDENED.get(kv_kind, 1.0), None)
-    element, of_scores = BYTES[kv_kind], factors.ctypes.data
+    form = form_of(size, block_size, KINDS[q.dtype], KINDS[kv_layer.dtype])
+    factors = head_factors(heads, scale, WIDENED.get(form.kv_kind, 1.0), None)
+    element, of_scores = BYTES[form.kv_kind], factors.ctypes.data
     arguments = threads.pack(
         len(lengths), heads, kv_heads, block_size, int(lengths.max()) if window is None else window,
         *(stride * element for stride in kv_layer.stride()[:4]),
         0, 0, block_tables.data_ptr(), block_tables.stride(0), lengths.ctypes.data,
         of_scores, of_scores + 4 * heads, starts.ctypes.data, 0, counts.ctypes.data, 0,
     )  # fmt: skip
-    tile = math.gcd(block_size, MAX_TILE)
-    region = _region(size, tile, q_kind, kv_kind, dots(size, tile, q_kind, kv_kind))
-    return _Call(arguments, region, (block_tables, starts, counts, lengths, factors))
+    return _Call(arguments, prefill_region(form), (block_tables, starts, counts, lengths, factors))

@@ -49,7 +49,7 @@ class Program:
         """Written by each run; another program's run may write there too."""
         self._table = np.array([(c.address, ctypes.addressof(c.arguments), c.counts) for c in calls], np.int64)
         self._kept = calls, kept
-        self._region = _region()
+        self._region = program_region()
         self._arguments = threads.pack(len(calls), self._table.ctypes.data)
 
     def run(self) -> None:
@@ -109,6 +109,11 @@ class _OnlyViews(TorchDispatchMode):
             raise NotRecordable(f"{func} computes beside the regions that can be recorded")
         return func(*args, **(kwargs or {}))
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """To keep its compiler out of this method, torch would import it: a second, and 150 MB."""
+        return False
+
 
 # -- the region that runs the others
 
@@ -127,7 +132,7 @@ def _call(typing_context: Any, address: Any, arguments: Any) -> Any:
 
 
 @functools.cache
-def _region() -> int:
+def program_region() -> int:
     version = threads.version()
 
     def body(address):  # type: ignore[no-untyped-def]

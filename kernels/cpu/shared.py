@@ -18,7 +18,7 @@ from quire.kernels.cpu import threads
 from quire.kernels.cpu.packed import attend_packed, attend_packed_four, pack_tile, packed_floats
 from quire.kernels.cpu.threads import pointer, thread
 from quire.kernels.cpu.threads import threads as num_threads
-from quire.kernels.cpu.tile import clear, state_size
+from quire.kernels.cpu.tile import Form, clear, state_size
 from quire.kernels.cpu.vector import BFLOAT16, BYTES, width
 
 STATES = 64
@@ -26,9 +26,10 @@ STATES = 64
 
 
 @functools.cache
-def shared_region(size: int, tile: int) -> int:
+def shared_region(form: Form) -> int:
     """Arguments: groups, Hq, Hkv, block, members; strides of block, half, token, head in bytes; q, pool, tables and
     their stride, starts, rows, lengths, scales, states."""
+    size, tile, *_ = form
     version, floats, lanes, room = threads.version(), state_size(size), width(size), packed_floats(size, tile)
     q_bytes = BYTES[BFLOAT16]
 

@@ -10,13 +10,16 @@ its own.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import hashlib
+import os
 import struct
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,13 +79,15 @@ def version() -> int:
 
 
 def region(body: Callable[..., None]) -> int:
-    """The address of a compiled body; compiled once, and kept on disk where possible."""
+    """The address of a compiled body; compiled once, and kept on disk where possible. Raises Busy, within `impatient`,
+    where another process compiles it."""
     _parallel()
     signature = types.void(types.int64)
-    try:
-        compiled = numba.cfunc(signature, cache=True)(body)
-    except RuntimeError:  # there is no folder where numba could keep a cache
-        compiled = numba.cfunc(signature)(body)
+    with _turn(body):
+        try:
+            compiled = numba.cfunc(signature, cache=True)(body)
+        except RuntimeError:  # there is no folder where numba could keep a cache
+            compiled = numba.cfunc(signature)(body)
     _COMPILED.append(compiled)
     address: int | None = compiled.address
     assert address is not None
@@ -91,6 +96,36 @@ def region(body: Callable[..., None]) -> int:
 
 _COMPILED: list[Any] = []
 """Kept alive: an address does not hold its function."""
+
+
+class Busy(RuntimeError):
+    """Another process compiles this body."""
+
+
+@contextmanager
+def _turn(body: Callable[..., None]) -> Iterator[None]:
+    """One process of a user compiles a body, and those that come meanwhile wait and find it on disk. Beside saving
+    them the work, it keeps them from writing over each other's entries in the body's index."""
+    name = hashlib.sha256(f"{__file__}:{body.__module__}.{body.__qualname__}".encode()).hexdigest()[:20]
+    path = Path(tempfile.gettempdir(), f"quire-{os.getuid()}-{name}.lock")
+    with ExitStack() as stack:
+        with suppress(OSError):  # of no use to compiling itself
+            file = stack.enter_context(open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), "w"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if _here.waits else fcntl.LOCK_NB))
+            except BlockingIOError:
+                raise Busy(f"{body.__qualname__} is being compiled") from None
+        yield
+
+
+@contextmanager
+def impatient() -> Iterator[None]:
+    """Within it, this thread does not wait for what other processes compile."""
+    _here.waits = False
+    try:
+        yield
+    finally:
+        _here.waits = True
 
 
 @functools.cache
@@ -136,6 +171,8 @@ class _Here(threading.local):
     """Other threads may compute while this one records."""
 
     recorder: Recorder | None = None
+    waits = True
+    """For bodies that other processes compile."""
 
 
 _here = _Here()

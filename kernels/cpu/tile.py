@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import carray, njit, types
@@ -37,10 +37,22 @@ def state_size(head_size: int) -> int:
     return -(-(head_size + 2 * TOTALS + 1) // LINE_FLOATS) * LINE_FLOATS
 
 
-def dots(size: int, tile: int, q_kind: int, kv_kind: int) -> int:
+class Form(NamedTuple):
+    """What the loops of attention are compiled for."""
+
+    size: int
+    """Elements of a head."""
+    tile: int
+    q_kind: int
+    kv_kind: int
+    dot: int
     """1 where pairs of bfloat16 are multiplied, else 0; a number, as numba wants it."""
+
+
+def form_of(size: int, block_size: int, q_kind: int, kv_kind: int) -> Form:
+    tile = math.gcd(block_size, MAX_TILE)
     fit = q_kind == kv_kind == BFLOAT16 and width(size) >= 4 and tile % 2 == 0
-    return int(fit and has_dot())
+    return Form(size, tile, q_kind, kv_kind, int(fit and has_dot()))
 
 
 @njit

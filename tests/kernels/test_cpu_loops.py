@@ -162,7 +162,7 @@ def test_a_prefix_is_read_together_only_where_pairs_are_multiplied(monkeypatch: 
     case.rows.shared = groups((0, 2, 288))
     case.check()
     calls = [x for x in case.rows.derived.values() if isinstance(x, decode._Call)]
-    assert [bool(call.shared) for call in calls] == [bool(tile.dots(64, 16, 2, 2))]
+    assert [bool(call.shared) for call in calls] == [bool(tile.form_of(64, 16, 2, 2).dot)]
     case.rows.derived.clear()
     monkeypatch.setattr(tile, "has_dot", lambda: False)
     case.check()

@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from quire.worker.compiled import choose_folders
+from quire.worker.compiled import choose_folders, compile_ahead
+from quire.worker.config import WorkerConfig
 
 
 @pytest.fixture(autouse=True)
@@ -53,3 +57,46 @@ def test_a_model_that_has_run_leaves_its_cpu_kernels_there(tmp_path: Path) -> No
     environ.pop("NUMBA_CACHE_DIR", None)
     subprocess.run([sys.executable, "-c", code], env=environ, check=True, timeout=200)
     assert list((tmp_path / "cache" / "numba").rglob("*.nbi"))
+
+
+def config(**chosen: Any) -> WorkerConfig:
+    return WorkerConfig("model", **{"dtype": "bfloat16", **chosen})
+
+
+def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return condition()
+
+
+def test_loops_are_compiled_ahead_once(tmp_path: Path) -> None:
+    environ = {**os.environ, "QUIRE_CACHE_DIR": str(tmp_path)}
+    environ.pop("NUMBA_CACHE_DIR", None)
+    process = compile_ahead(config(dtype="float32"), 16, environ)
+    assert process is not None and process.wait(300) == 0
+    assert list((tmp_path / "numba").rglob("*.nbc"))
+    assert compile_ahead(config(dtype="float32"), 16, environ) is None
+    other = compile_ahead(config(dtype="float32"), 32, environ)
+    assert other is not None
+    other.kill()
+
+
+def test_nothing_is_compiled_ahead_for_a_gpu_or_where_it_could_not_be_kept(tmp_path: Path) -> None:
+    nowhere = str(tmp_path / "file" / "folder")
+    assert compile_ahead(config(device="cuda"), 64, {"QUIRE_CACHE_DIR": str(tmp_path)}) is None
+    assert compile_ahead(config(), 64, {"QUIRE_CACHE_DIR": nowhere, "XDG_CACHE_HOME": nowhere}) is None
+
+
+def test_compiling_ends_with_whoever_asked_for_it(tmp_path: Path) -> None:
+    code = (
+        "import time; from quire.worker.compiled import compile_ahead; from quire.worker.config import WorkerConfig;"
+        "print(compile_ahead(WorkerConfig('m'), 256).pid, flush=True); time.sleep(1000)"
+    )
+    environ = {**os.environ, "QUIRE_CACHE_DIR": str(tmp_path)}
+    with subprocess.Popen([sys.executable, "-c", code], env=environ, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child = Path("/proc", parent.stdout.readline().strip())
+        assert wait_for(lambda: bool(list((tmp_path / "numba").rglob("*.nbi"))), 100) and child.exists()
+        parent.kill()
+    assert wait_for(lambda: not child.exists(), 10)
