@@ -97,6 +97,7 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "--trace", type=Path, default=None, help="open loop: CSV of arrival_s,prompt_tokens,output_tokens"
     )
     parser.add_argument("--time-scale", default="1", help="how much faster a trace runs than it did, such as 0.5,1,2")
+    parser.add_argument("--settle", type=float, default=6.0, help="seconds left to a start's work in the background")
     parser.add_argument("--num-prompts", type=int, default=None, help="default: 4 per user, or as many as come in time")
     parser.add_argument("--duration", type=float, default=60.0, help="seconds of arrivals in an open loop")
     parser.add_argument("--max-tokens", type=int, default=None, help="leave out of a trace what is longer in all")
@@ -214,6 +215,7 @@ def _online(arguments: argparse.Namespace, server_arguments: list[str], stack: E
         model = [arguments.model] if arguments.model else []
         server = ServedQuire([*model, *server_arguments], arguments.show_log)
         stack.callback(server.stop)
+        time.sleep(arguments.settle)
         arguments.address, pid = server.address, server.pid
 
     def run(arguments: argparse.Namespace, load: Load, requests: list[dict[str, Any]], limits: Any) -> dict[str, Any]:
@@ -271,6 +273,7 @@ def _offline(
             ]
             llm.generate([request["prompt"] for request in requests], params, use_tqdm=False)
 
+        time.sleep(arguments.settle)
         generate(warm_up(requests, load))
         start = time.perf_counter()
         generate(requests)

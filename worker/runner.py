@@ -130,6 +130,7 @@ class Runner:
         self._stepper = self._stepper_over(self.table, self.pool, self._mover)
         self._lines = deque(range(self._stepper.num_lines))
         self._launched: deque[Pending] = deque()
+        self._ahead = pages.Ahead(self.pool.tensor) if self._device.type == "cpu" else None
 
     def warm_up(self) -> None:
         """Computes prompts, then single tokens, of made-up sequences in a table and a pool of their own, records decode
@@ -153,6 +154,8 @@ class Runner:
             self._stepper.program()
         if self._mover.swap.num_slots:
             self._speeds = self._measure_speeds()
+        if self._ahead is not None:
+            self._ahead.reach(0)
 
     def launch(self, plan: worker_pb2.StepPlan) -> Pending:
         """Issues a step; on a CPU, computes it. Raises PlanError, before anything has changed, for a plan that does
@@ -169,6 +172,8 @@ class Runner:
         )
         pending = Pending(launched, line, report, (time.perf_counter_ns() - started) // 1000)
         self._launched.append(pending)
+        if self._ahead is not None:
+            self._ahead.reach(self.table.num_blocks_seen * self._block_shape.num_bytes)
         return pending
 
     def run(self, plan: worker_pb2.StepPlan) -> worker_pb2.StepReport:

@@ -33,6 +33,8 @@ class RowTable:
         """What kernels read."""
         self.sampler = Sampler(size.num_rows, size.vocab_size)
         self.counts = RowCounts(size)
+        self.num_blocks_seen = 0
+        """One more than the highest block that a row has ever had."""
 
     @property
     def token_ids(self) -> torch.Tensor:
@@ -57,9 +59,11 @@ class RowTable:
         if checked.replaced.size:
             rows, entries, blocks = checked.replaced.T
             self.host_blocks[rows, entries] = blocks
+            self._see(blocks)
         rows, entries, blocks = checked.extended
         if rows.size:
             self.host_blocks[rows, entries] = blocks
+            self._see(blocks)
         if not self.is_on_host:
             self._tell_device(checked, checked.work.changes)
         elif checked.told.size:
@@ -74,9 +78,13 @@ class RowTable:
     def _admit(self, admission: Admission) -> None:
         row = admission.row
         self.host_blocks[row, : len(admission.block_ids)] = admission.block_ids
+        self._see(admission.block_ids)
         if self.is_on_host:
             self.token_ids.numpy()[row, : len(admission.token_ids)] = admission.token_ids
         self.sampler.admit(row, admission.settings)
+
+    def _see(self, blocks: np.ndarray) -> None:
+        self.num_blocks_seen = max(self.num_blocks_seen, int(blocks.max(initial=-1)) + 1)
 
     def _copy(self, copies: list[Copy]) -> None:
         """Settings, and what lies on the host."""

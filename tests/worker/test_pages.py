@@ -1,7 +1,10 @@
-"""Huge pages: what is asked for, and that nothing but speed depends on it."""
+"""Memory of the pool: in huge pages, and taken ahead; and that nothing but speed depends on either."""
 
 from __future__ import annotations
 
+import ctypes
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -55,3 +58,90 @@ def test_memory_can_be_written_from_end_to_end() -> None:
     memory = pages.allocate(5 * 4096 + 17)
     memory.fill_(7)
     assert memory.shape == (5 * 4096 + 17,) and int(memory.sum()) == 7 * len(memory)
+
+
+def resident(memory: torch.Tensor) -> int:
+    """Bytes of it that the kernel has given."""
+    page = 4096
+    vector = (ctypes.c_ubyte * (memory.numel() // page))()
+    libc = ctypes.CDLL(None)
+    start = -(-memory.data_ptr() // page) * page
+    assert libc.mincore(ctypes.c_void_p(start), ctypes.c_size_t(len(vector) * page), vector) == 0
+    return sum(x & 1 for x in vector) * page
+
+
+@pytest.fixture
+def pool() -> torch.Tensor:
+    return pages.allocate(64 << 20)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux for memory")
+class TestAhead:
+    def test_a_share_is_taken_before_anything_is_used(self, pool: torch.Tensor) -> None:
+        ahead = pages.Ahead(pool)
+        assert resident(pool) == 0
+        ahead.reach(0)
+        ahead.wait()
+        assert resident(pool) in range(14 << 20, (16 << 20) + 1)  # a quarter, in whole huge pages
+
+    def test_it_stays_ahead_and_ends_with_the_pool(self, pool: torch.Tensor) -> None:
+        ahead = pages.Ahead(pool)
+        for used in range(0, 65 << 20, 1 << 20):
+            ahead.reach(used)
+            ahead.wait()
+            assert resident(pool) >= min(used + (10 << 20), 62 << 20)
+        ahead.reach(1 << 40)
+        ahead.wait()
+        assert resident(pool) <= 64 << 20
+
+    def test_what_has_been_written_stays(self, pool: torch.Tensor) -> None:
+        pool[: 8 << 20] = 7
+        ahead = pages.Ahead(pool)
+        ahead.reach(16 << 20)
+        ahead.wait()
+        assert bool((pool[: 8 << 20] == 7).all()) and not bool(pool[8 << 20 :].any())
+
+    def test_few_bytes_more_are_not_worth_a_thread(self, pool: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+        ahead = pages.Ahead(pool)
+        ahead.reach(0)
+        ahead.wait()
+        monkeypatch.setattr("threading.Thread.start", lambda _self: pytest.fail("a thread for less than a burst"))
+        ahead.reach(pages.BURST - 1)
+
+    def test_an_old_kernel_or_no_threads_cost_nothing_but_speed(
+        self, pool: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        calls: list[int] = []
+        monkeypatch.setattr(pages, "_madvise", lambda: lambda at, _size, _advice: calls.append(at) or -1)
+        ahead = pages.Ahead(pool)
+        ahead.reach(0)
+        ahead.wait()
+        ahead.reach(32 << 20)
+        ahead.wait()
+        assert len(calls) == 1
+
+        def refuse(_thread: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        monkeypatch.setattr("threading.Thread.start", refuse)
+        pages.Ahead(pool).reach(0)
+
+    def test_a_pool_that_is_gone_is_left_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        pool = pages.allocate(64 << 20)
+        calls: list[int] = []
+        first, gone = threading.Event(), threading.Event()
+
+        def slow(at: int, _size: int, _advice: int) -> int:
+            calls.append(at)
+            first.set()
+            assert gone.wait(10)
+            return 0
+
+        monkeypatch.setattr(pages, "_madvise", lambda: slow)
+        ahead = pages.Ahead(pool)
+        ahead.reach(0)
+        assert first.wait(10)
+        del pool
+        gone.set()
+        ahead.wait()
+        assert len(calls) == 1
