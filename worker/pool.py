@@ -38,7 +38,7 @@ class KVPool:
         self.shape = shape
         self.num_blocks = num_blocks
         # [block, layer, K/V, token, head, dim]. Not zeroed: no slot is read before it is written, and on a CPU memory
-        # that is never touched is never taken.
+        # that nothing comes near is never taken.
         dimensions = (num_blocks, *shape.dimensions)
         if torch.device(device).type == "cpu":
             self.tensor = pages.allocate(num_blocks * shape.num_bytes).view(shape.dtype).view(dimensions)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -43,6 +45,10 @@ class Executor:
             LIMITS.num_blocks, LIMITS.block_size, LIMITS.max_num_seqs, LIMITS.max_num_batched_tokens
         )
         self.failure: Exception | None = None
+        self.num_open: Callable[[], int] = lambda: 0
+        """Requests that have come and not ended."""
+        self.may_go_on = threading.Event()
+        self.may_go_on.set()
 
     def start(self) -> None: ...
 
@@ -52,6 +58,7 @@ class Executor:
     def collect(self) -> StepResult:
         if self.failure is not None:
             raise self.failure
+        assert self.may_go_on.wait(30)
         return self.worker.collect()
 
     def check(self) -> None: ...
@@ -68,6 +75,7 @@ async def serving(record: Path | None = None, enable_admin: bool = True) -> Asyn
     )
     controller = Controller(settings, pb.ModelInfo(model="m"))
     controller.attach(executor)
+    executor.num_open = lambda: controller.num_open
     inner, outer = grpc.aio.server(), grpc.aio.server()
     pb_grpc.add_GenerationServicer_to_server(controller, inner)
     RelayService(controller.Generate).add_to_server(inner)
@@ -87,23 +95,29 @@ async def serving(record: Path | None = None, enable_admin: bool = True) -> Asyn
     await controller.close()
 
 
-def _crowd(client: Client) -> None:
-    """More than the pool holds: somebody is preempted, and somebody waits."""
+def _crowd(executor: Executor, client: Client) -> None:
+    """More than the pool holds: somebody is preempted, and somebody waits. No step ends before all have come."""
 
     def ask(number: int) -> None:
         for _ in client.generate([number, 2, 3] * 4, request_id=f"r{number}", max_tokens=40, seed=number):
             pass
 
+    executor.may_go_on.clear()
     with ThreadPoolExecutor(8) as threads:
-        list(threads.map(ask, range(8)))
+        asked = threads.map(ask, range(8))
+        deadline = time.monotonic() + 20
+        while executor.num_open() < 8 and time.monotonic() < deadline:
+            time.sleep(0.002)
+        executor.may_go_on.set()
+        list(asked)
 
 
 def test_a_recorded_controller_replays_and_tells_lives(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "run"
 
     async def scenario() -> list[str]:
-        async with serving(file) as (_, client):
-            await asyncio.to_thread(_crowd, client)
+        async with serving(file) as (executor, client):
+            await asyncio.to_thread(_crowd, executor, client)
             lives = [await asyncio.to_thread(client.explain, f"r{number}") for number in range(8)]
             with pytest.raises(ServerError, match="no request with id 'r9' is known") as error:
                 await asyncio.to_thread(client.explain, "r9")
@@ -135,8 +149,8 @@ def test_a_changed_setting_is_told_by_its_first_decision(tmp_path: Path, capsys:
     file = tmp_path / "run"
 
     async def scenario() -> None:
-        async with serving(file) as (_, client):
-            await asyncio.to_thread(_crowd, client)
+        async with serving(file) as (executor, client):
+            await asyncio.to_thread(_crowd, executor, client)
 
     asyncio.run(scenario())
     assert cli.run(["replay", str(file), "--set", "num_blocks=200"]) == 0
@@ -167,8 +181,8 @@ def test_an_engine_that_fails_leaves_a_whole_recording(tmp_path: Path) -> None:
 
 def test_whose_requests_those_were_is_the_operators_to_know() -> None:
     async def scenario(enable_admin: bool) -> set[str]:
-        async with serving(enable_admin=enable_admin) as (_, client):
-            await asyncio.to_thread(_crowd, client)
+        async with serving(enable_admin=enable_admin) as (executor, client):
+            await asyncio.to_thread(_crowd, executor, client)
             lives = [await asyncio.to_thread(client.explain, f"r{number}") for number in range(8)]
         return {m.text.split(",")[0] for life in lives for m in life.moments if m.kind == "Preempted"}
 
@@ -217,8 +231,8 @@ def test_a_decision_that_is_no_longer_taken_is_exit_code_1(
     file = tmp_path / "run"
 
     async def scenario() -> None:
-        async with serving(file) as (_, client):
-            await asyncio.to_thread(_crowd, client)
+        async with serving(file) as (executor, client):
+            await asyncio.to_thread(_crowd, executor, client)
 
     asyncio.run(scenario())
     monkeypatch.setattr(
