@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -46,19 +45,13 @@ SHAPES = [(64, 16), (192, 32), (128, 768), (768, 224)]
 """Outputs and inputs: below and above what is multiplied without waking other threads."""
 ROWS = [*range(1, 15), 18, 19, 64, 131]
 
-pytestmark = pytest.mark.skipif(
-    not blocked_linear.suits_processor(),
-    reason="this processor multiplies no pairs of bfloat16, or whole tiles of them",
-)
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    torch.manual_seed(0)
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [
+    pytest.mark.usefixtures("two_threads"),
+    pytest.mark.skipif(
+        not blocked_linear.suits_processor(),
+        reason="this processor multiplies no pairs of bfloat16, or whole tiles of them",
+    ),
+]
 
 
 def made(outputs: int, inputs: int) -> tuple[torch.Tensor, torch.Tensor]:
