@@ -20,6 +20,7 @@ import quire.worker.config
 from quire.scheduler.config import PREEMPTION_MODES, SchedulerConfig
 from quire.scheduler.request import ModelLimits
 from quire.worker.config import WorkerConfig
+from quire.worker.host import packs_bfloat16
 from quire.worker.models.checkpoint import open_checkpoint
 from quire.worker.models.spec import DTYPES, ModelSpec
 
@@ -379,8 +380,8 @@ def _dtype(config: EngineConfig, spec: ModelSpec, device: str, notes: list[str])
     if dtype == "float16" and config.dtype == "auto":
         notes.append("the model's float16 is served as float32, in which a CPU computes faster")
         return "float32"
-    if dtype == "bfloat16" and not _cpu_has_bfloat16():
-        notes.append("this CPU has no bfloat16 instructions: --dtype float32 is faster and takes twice the memory")
+    if dtype == "bfloat16" and not packs_bfloat16():
+        notes.append("bfloat16 is slow on this CPU: --dtype float32 is faster and takes twice the memory")
     return dtype
 
 
@@ -433,12 +434,6 @@ def gpu_is_visible(devices: Path = Path("/dev")) -> bool:
     if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
         return False
     return any(devices.glob("nvidia[0-9]*")) or (devices / "dxg").exists()
-
-
-def _cpu_has_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    if not cpuinfo.is_file():
-        return False
-    return re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", cpuinfo.read_text(encoding="utf-8")) is not None
 
 
 def version() -> str:

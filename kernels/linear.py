@@ -4,7 +4,7 @@
 and the row's place among them; on a CPU also on any number of threads. Libraries choose their way of summing by the
 shape, and share sums out among threads. With this product a sequence gets the same tokens in whatever company.
 
-`packed_product`: bfloat16 on a CPU, from the one copy of a weight that oneDNN has laid out. It is invariant too.
+`packed_product`: bfloat16 on a CPU, from a copy of the weight that a loop of ours reads. It is invariant too.
 """
 
 from __future__ import annotations
@@ -30,10 +30,9 @@ def linear_invariant(
 
 def packed_product(
     weight: torch.Tensor,  # [N, K]
-    packed: torch.Tensor,  # the same in oneDNN's layout
-) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor] | None:
-    """From x [T, K], `packed` and a bias [N] to [T, N]; None where oneDNN's own product is the better one, or the only
-    one."""
+) -> tuple[Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor], torch.Tensor] | None:
+    """A product, from x [T, K], the copy and a bias [N] to [T, N], and the copy of the weight that it reads; None where
+    torch's libraries have the better one, or the only one."""
     module = dispatch.blocked_linear()
-    blocked = module.blocked(weight, packed) if module is not None else None
-    return None if blocked is None else blocked.multiply
+    blocked = module.blocked(weight) if module is not None else None
+    return None if blocked is None else (blocked.multiply, blocked.packed)

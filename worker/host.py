@@ -34,11 +34,12 @@ def usable_cores(control_group: Path = Path("/sys/fs/cgroup")) -> int:
 
 
 def packs_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether weights in bfloat16 are laid out anew on this CPU: where oneDNN computes in it."""
+    """Whether weights in bfloat16 are laid out anew on this CPU: where a loop of ours takes them, or oneDNN computes in
+    it."""
     if not cpuinfo.is_file():
         return False
     flags = set(re.findall(r"\w+", cpuinfo.read_text(encoding="utf-8")))
-    return {"avx512bw", "avx512vl", "avx512dq"} <= flags or bool(flags & {"avx_ne_convert", "bf16"})
+    return {"avx2", "fma"} <= flags or bool(flags & {"avx_ne_convert", "bf16"})
 
 
 def _table(path: Path) -> dict[str, int]:

@@ -1,18 +1,17 @@
 """A linear layer's product in bfloat16, as fast for few rows as memory gives the weight.
 
-The weight is read as oneDNN lays it out for itself, so that either can multiply with the one copy there is:
-
-    [outputs / 64][inputs / 2][64][2]
-
-The few rows of a decoding step cost what reading the weight costs, and oneDNN reads it at half to two thirds of the
-memory's pace. Here a block of 64 outputs is read once, from its beginning to its end; rows are multiplied in groups
-whose sums fill the registers, and while the last ones multiply what the cache holds, the next block comes.
+The weight is laid out in blocks of 64 outputs, [outputs / 64][inputs / 2][64][2], with zeros in place of what the last
+block and the last inputs lack (block.py). A block is read once, from its beginning to its end; rows are multiplied in
+groups whose sums fill the registers, and while the last ones multiply what the cache holds, the next block comes.
 
 Blocks are taken by whichever thread is free: one that the system holds up for a moment does not hold up the others.
 Each output is one sum in one order, whatever the number of rows and of threads: rows do not depend on each other.
 
-Measured on two cores with AVX-512, against oneDNN, weights of 768 x 768 to 14336 x 4096: 1.3 to 1.6 times as fast for
-one row, 1.2 to 1.4 for 8 to 24, 1.1 for 32, and never slower for hundreds.
+Where rows are multiplied as float32, each thread widens them for itself, some dozens at a time: fewer than would push
+the weight out of its cache, enough to make nothing of reading the weight once more for each dozen.
+
+Measured on two cores with AVX-512 bfloat16, against oneDNN, weights of 768 x 768 to 14336 x 4096: 1.3 to 1.6 times as
+fast for one row, 1.2 to 1.4 for 8 to 24, 1.1 for 32, and never slower for hundreds.
 """
 
 # mypy: disable-error-code="call-arg, attr-defined, unreachable, import-untyped, no-untyped-call"
@@ -20,7 +19,6 @@ one row, 1.2 to 1.4 for 8 to 24, 1.1 for 32, and never slower for hundreds.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 from typing import Any
 
@@ -28,83 +26,34 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import carray, types
-from numba.core import cgutils
 from numba.extending import intrinsic
+from torch.nn import functional as F
 
 from quire.kernels.cpu import threads
-from quire.kernels.cpu.threads import pointer
-from quire.kernels.cpu.vector import BFLOAT16, CACHE_LINE, HALVES, I32, I64, Code, features, has_dot
+from quire.kernels.cpu.block import (
+    GROUP,
+    LINES,
+    OUTPUTS,
+    PAIR_BYTES,
+    ROW_KIND,
+    ROWS_OF_ONE_PASS,
+    UNROLLED,
+    multiply_block,
+    suits_processor,
+)
+from quire.kernels.cpu.threads import pointer, thread
+from quire.kernels.cpu.vector import CACHE_LINE, FLOAT32, I64
 
-OUTPUTS = 64
-"""Of a block."""
-
-LANES = 16
-
-PAIR_BYTES = 4 * OUTPUTS
-"""Two inputs of all outputs of a block."""
-
-UNROLLED = 4
-"""Pairs of inputs of one turn of the loop."""
-
-LINES = UNROLLED * PAIR_BYTES // CACHE_LINE
-"""That one turn reads."""
-
-GROUP = 6
-"""Rows that are multiplied at once: 24 vectors of sums and 4 of weights."""
-
-LEAST_OF_SEVERAL = 3
-"""Rows that a group has at least where there are several: more than GROUP are shared out evenly."""
+__all__ = ["BlockedWeight", "blocked", "multiply_region", "suits_processor"]
 
 AHEAD = 4096
-"""Bytes by which the block itself is asked for ahead, where there is one group only."""
+"""Bytes by which the block itself is asked for ahead, where it is walked once."""
+
+WIDENED_ROWS = 48
+"""That a thread widens at once, at most."""
 
 ALONE = 1 << 15
 """Elements of a weight up to which the calling thread multiplies alone: waking the others takes longer."""
-
-
-@intrinsic(prefer_literal=True)
-def _multiply(
-    typing_context: Any, rows: Any,
-    x: Any, stride: Any, weight: Any, pairs: Any, bias: Any, out: Any, out_stride: Any, fetched: Any, lines: Any,
-) -> Any:  # fmt: skip
-    """`rows` rows of x, `stride` bytes apart, times one block of `pairs` pairs of inputs, plus the block's bias unless
-    its address is 0. Meanwhile `lines` cache lines from `fetched` on are asked for in every turn: LINES for so
-    few rows that they are the only group, which then need no loop of their own."""
-    num_rows, vectors = rows.literal_value, range(OUTPUTS // LANES)
-
-    def generate(_context: Any, b: Any, _signature: Any, arguments: Any) -> Any:
-        x, stride, weight, pairs, bias, out, out_stride, fetched, lines = arguments[1:]
-        code = Code(b, LANES)
-        row_starts = [b.add(x, b.mul(stride, I64(row))) for row in range(num_rows)]
-        sums = [[cgutils.alloca_once_value(b, code.splat(0.0)) for _ in vectors] for _ in range(num_rows)]
-        with cgutils.for_range(b, b.udiv(pairs, I64(UNROLLED))) as turn:
-            first = b.add(fetched, b.mul(turn.index, b.mul(lines, I64(CACHE_LINE))))
-            if num_rows < LEAST_OF_SEVERAL:
-                code.prefetch(first, LINES * CACHE_LINE)
-            else:
-                with cgutils.for_range(b, lines) as line:
-                    code.prefetch(b.add(first, b.mul(line.index, I64(CACHE_LINE))), CACHE_LINE)
-            words_at = b.add(weight, b.mul(turn.index, I64(PAIR_BYTES * UNROLLED)))
-            pairs_at = [b.add(start, b.mul(turn.index, I64(4 * UNROLLED))) for start in row_starts]
-            for i in range(UNROLLED):
-                words = [code.load(words_at, code.words, i * PAIR_BYTES + 4 * LANES * v) for v in vectors]
-                for at, of_row in zip(pairs_at, sums, strict=True):
-                    pair = code.splat_word(code.load(at, I32, 4 * i, 2))
-                    for total, word in zip(of_row, words, strict=True):
-                        b.store(code.dot(b.load(total), word, pair), total)
-        with b.if_then(b.icmp_signed("!=", bias, I64(0))):
-            for v in vectors[::2]:
-                both = code.load_pair(BFLOAT16, HALVES, bias, 2 * LANES * v)
-                for of_row in sums:
-                    for total, of_bias in zip(of_row[v : v + 2], both, strict=True):
-                        b.store(code.add(b.load(total), of_bias), total)
-        for row, of_row in enumerate(sums):
-            place = b.add(out, b.mul(out_stride, I64(row)))
-            for v in vectors[::2]:
-                pair = b.load(of_row[v]), b.load(of_row[v + 1])
-                code.store_pair(pair, BFLOAT16, HALVES, place, 2 * LANES * v)
-
-    return types.void(rows, *[types.int64] * 9), generate
 
 
 @intrinsic
@@ -119,105 +68,121 @@ def _take(typing_context: Any, counter: Any) -> Any:
 
 @functools.cache
 def multiply_region() -> int:
-    version = threads.version()
+    version, widens = threads.version(), int(ROW_KIND == FLOAT32)
 
     def body(address):  # type: ignore[no-untyped-def]
-        a = carray(pointer(address), (10,), np.int64)
-        if version == 0:
+        a = carray(pointer(address), (15,), np.int64)
+        if version == 0 or thread() >= a[14]:
             return
-        rows, pairs, blocks = a[1], a[2], a[3]
-        stride, out_stride = a[5], a[9]
+        rows, pairs, blocks, chunks = a[1], a[2], a[3], a[4]
+        inputs, stride, out_stride, room = a[6], a[7], a[11], a[12]
         block_bytes = pairs * PAIR_BYTES
-        groups = -(-rows // GROUP)
-        lines = max(1, LINES // groups)
-        of_group = lines * CACHE_LINE * (pairs // UNROLLED)
-        block = _take(address)
-        while block < blocks:
+        turns = pairs // UNROLLED
+        row_bytes = pairs * 8 if widens else stride
+        wide = room + thread() * a[13]
+        held = -1
+        item = _take(address)
+        while item < blocks * chunks:
             following = _take(address)
-            weight, following_weight = a[6] + block * block_bytes, a[6] + min(following, blocks - 1) * block_bytes
-            bias = a[7] + block * 2 * OUTPUTS if a[7] != 0 else 0
+            chunk = item // blocks
+            block = item - chunk * blocks
+            after = following % blocks
+            start = rows * chunk // chunks
+            count = rows * (chunk + 1) // chunks - start
+            if widens and chunk != held:
+                for row in range(count):
+                    narrow = carray(pointer(a[5] + (start + row) * stride), (inputs,), np.uint16)
+                    words = carray(pointer(wide + row * row_bytes), (2 * pairs,), np.uint32)
+                    for i in range(inputs):
+                        words[i] = np.uint32(narrow[i]) << np.uint32(16)
+                    for i in range(inputs, 2 * pairs):
+                        words[i] = np.uint32(0)
+                held = chunk
+            weight, next_weight = a[8] + block * block_bytes, a[8] + after * block_bytes
+            bias = a[9] + block * 2 * OUTPUTS if a[9] != 0 else 0
+            groups = -(-count // GROUP)
+            lines = max(1, LINES // groups)
             first = 0
             for group in range(groups):
-                end = rows * (group + 1) // groups
-                x, out = a[4] + first * stride, a[8] + block * 2 * OUTPUTS + first * out_stride
-                count = end - first
-                fetched = weight + AHEAD
-                if groups > 1:
-                    fetched = following_weight + min(group * of_group, block_bytes - of_group)
-                if count == 1:
-                    _multiply(1, x, stride, weight, pairs, bias, out, out_stride, fetched, lines)
-                elif count == 2:
-                    _multiply(2, x, stride, weight, pairs, bias, out, out_stride, fetched, lines)
-                elif count == 3:
-                    _multiply(3, x, stride, weight, pairs, bias, out, out_stride, fetched, lines)
-                elif count == 4:
-                    _multiply(4, x, stride, weight, pairs, bias, out, out_stride, fetched, lines)
-                elif count == 5:
-                    _multiply(5, x, stride, weight, pairs, bias, out, out_stride, fetched, lines)
+                end = count * (group + 1) // groups
+                num_rows = end - first
+                x = wide + first * row_bytes if widens else a[5] + (start + first) * stride
+                out = a[10] + block * 2 * OUTPUTS + (start + first) * out_stride
+                fetched, asked = weight + AHEAD, LINES
+                if groups > 1 or num_rows > ROWS_OF_ONE_PASS:
+                    fetched = next_weight + group * lines * CACHE_LINE * turns
+                    asked = lines if group < LINES else 0
+                if num_rows == 1:
+                    multiply_block(1, x, row_bytes, weight, pairs, bias, out, out_stride, fetched, asked)
+                elif num_rows == 2:
+                    multiply_block(2, x, row_bytes, weight, pairs, bias, out, out_stride, fetched, asked)
+                elif num_rows == 3:
+                    multiply_block(3, x, row_bytes, weight, pairs, bias, out, out_stride, fetched, asked)
+                elif num_rows == 4:
+                    multiply_block(4, x, row_bytes, weight, pairs, bias, out, out_stride, fetched, asked)
+                elif num_rows == 5:
+                    multiply_block(5, x, row_bytes, weight, pairs, bias, out, out_stride, fetched, asked)
                 else:
-                    _multiply(6, x, stride, weight, pairs, bias, out, out_stride, fetched, lines)
+                    multiply_block(6, x, row_bytes, weight, pairs, bias, out, out_stride, fetched, asked)
                 first = end
-            block = following
+            item = following
 
     return threads.region(body)
 
 
 class BlockedWeight:
-    """A weight that oneDNN has laid out, and the product with it."""
+    """A weight [N, K] in blocks, and the product with it."""
 
-    def __init__(self, packed: torch.Tensor, outputs: int, inputs: int) -> None:
-        self._packed = packed  # kept: an address does not hold its memory
-        self._address: int = torch.ops.mkldnn.data_ptr(packed)
-        self._outputs, self._inputs = outputs, inputs
+    def __init__(self, weight: torch.Tensor) -> None:
+        self._outputs, self._inputs = weight.shape
+        self.packed = _in_blocks(weight)
+        self._blocks, self._pairs = self.packed.shape[:2]
+        self._missing = self._blocks * OUTPUTS - self._outputs
         self._region = multiply_region()
 
     def multiply(self, x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """x [T, K] and a bias [N] -> [T, N]; `packed` is the weight that this was made from."""
-        assert packed is self._packed and x.dtype == torch.bfloat16
+        """x [T, K] and a bias [N] -> [T, N], whose rows lie apart where N is not a number of whole blocks; `packed` is
+        this weight's."""
+        assert packed is self.packed and x.dtype == torch.bfloat16
         if x.stride(-1) != 1:
             x = x.contiguous()
-        rows, outputs, blocks = len(x), self._outputs, self._outputs // OUTPUTS
+        rows, outputs = len(x), self._blocks * OUTPUTS
+        if bias is not None and self._missing:
+            bias = F.pad(bias, (0, self._missing))
         out = threads.empty((rows, outputs), x.dtype)
+        num_threads = 1 if outputs * self._inputs <= ALONE else torch.get_num_threads()
+        chunks, room, of_thread = 1, 0, 0
+        if ROW_KIND == FLOAT32:
+            chunks = -(-rows // WIDENED_ROWS)
+            # A recorded call is made by all threads.
+            shape = torch.get_num_threads(), -(-rows // max(chunks, 1)), 2 * self._pairs
+            widened = threads.empty(shape, torch.float32)
+            room, of_thread = widened.data_ptr(), 4 * widened.stride(0)
         arguments = threads.pack(
-            0, rows, self._inputs // 2, blocks, x.data_ptr(), 2 * x.stride(0), self._address,
-            0 if bias is None else bias.data_ptr(), out.data_ptr(), 2 * outputs,
+            0, rows, self._pairs, self._blocks, chunks, x.data_ptr(), self._inputs, 2 * x.stride(0),
+            packed.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr(), 2 * outputs, room, of_thread,
+            torch.get_num_threads(),
         )  # fmt: skip
         if rows:
-            threads.run(self._region, arguments, 1 if outputs * self._inputs <= ALONE else None, counts=True)
-        return out
+            threads.run(self._region, arguments, num_threads, counts=True)
+        return out[:, : self._outputs] if self._missing else out
 
 
-def blocked(weight: torch.Tensor, packed: torch.Tensor) -> BlockedWeight | None:
-    """`packed` is oneDNN's copy of `weight` [N, K]. None where this loop could not read it, or would not be faster: the
-    processor multiplies no pairs of bfloat16, or whole tiles of them; the layout is another; there are fewer blocks
-    than threads."""
+def blocked(weight: torch.Tensor) -> BlockedWeight | None:
+    """None where the loop could not read it, or would not be faster."""
+    if not suits_processor() or weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
+        return None
+    if ROW_KIND != FLOAT32 and weight.shape[1] % (2 * UNROLLED):
+        return None  # rows are multiplied where they lie, and end before the block does
+    return BlockedWeight(weight)
+
+
+def _in_blocks(weight: torch.Tensor) -> torch.Tensor:
+    """[N, K] -> [blocks, pairs, OUTPUTS, 2]"""
     outputs, inputs = weight.shape
-    if not suits_processor() or weight.dtype != torch.bfloat16:
-        return None
-    if outputs % OUTPUTS or inputs % (2 * UNROLLED) or outputs // OUTPUTS < torch.get_num_threads():
-        return None
-    if not _is_laid_out(weight, torch.ops.mkldnn.data_ptr(packed)):
-        return None
-    return BlockedWeight(packed, outputs, inputs)
-
-
-def suits_processor() -> bool:
-    """It multiplies pairs of bfloat16, and not whole tiles of them, and torch tells where oneDNN's copies lie."""
-    there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "data_ptr")
-    return there and has_dot() and not _has_tiles()
-
-
-def _has_tiles() -> bool:
-    return "+amx-bf16" in features()
-
-
-def _is_laid_out(weight: torch.Tensor, address: int) -> bool:
-    """Whether the first and the last block are where they are looked for; nobody promises it."""
-    outputs, inputs = weight.shape
-    words = weight.data.view(torch.int16)
-    for start in (0, outputs - OUTPUTS):
-        wanted = words[start : start + OUTPUTS].view(OUTPUTS, inputs // 2, 2).transpose(0, 1).contiguous()
-        size = 2 * OUTPUTS * inputs
-        if ctypes.string_at(address + 2 * start * inputs, size) != wanted.numpy().tobytes():
-            return False
-    return True
+    missing = -inputs % (2 * UNROLLED), -outputs % OUTPUTS
+    whole = F.pad(weight.data, (0, missing[0], 0, missing[1])) if any(missing) else weight.data.contiguous()
+    pairs = whole.view(torch.int32).view(len(whole) // OUTPUTS, OUTPUTS, -1)
+    blocks = torch.empty(len(pairs), pairs.shape[2], OUTPUTS, dtype=torch.int32)
+    blocks.copy_(pairs.transpose(1, 2))
+    return blocks.view(torch.bfloat16).view(*blocks.shape, 2)

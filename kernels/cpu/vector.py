@@ -131,9 +131,13 @@ class Code:
         if order == SPREAD:
             first, second = self.interleave(ir.Constant(self.words, None), words)
             return b.bitcast(first, self.floats), b.bitcast(second, self.floats)
-        even = b.shl(words, self._splat_word(16))
-        odd = b.and_(words, self._splat_word(0xFFFF0000))
-        return b.bitcast(even, self.floats), b.bitcast(odd, self.floats)
+        return self.widened(words, 0), self.widened(words, 1)
+
+    def widened(self, words: Any, half: int) -> Any:
+        """Of words of two bfloat16 each, the lower ones (half 0) or the upper ones, as float32."""
+        b = self.builder
+        bits = b.and_(words, self._splat_word(0xFFFF0000)) if half else b.shl(words, self._splat_word(16))
+        return b.bitcast(bits, self.floats)
 
     def interleave(self, low: Any, high: Any) -> Pair:
         """Words of 2 * lanes elements each -> words whose lower halves are those of `low`, and the upper those of

@@ -123,20 +123,11 @@ def test_the_scheduler_gets_what_all_ranks_have_at_the_pace_of_the_slowest(model
 
 def test_bfloat16_is_kept_and_told_where_it_is_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_model(tmp_path, dtype="bfloat16", max_position_embeddings=128)
-    monkeypatch.setattr(config_module, "_cpu_has_bfloat16", lambda: False)
+    monkeypatch.setattr(config_module, "packs_bfloat16", lambda: False)
     engine = resolve(on_cpu(folder))
     assert engine.dtype == "bfloat16" and "--dtype float32" in engine.notes[0]
-    monkeypatch.setattr(config_module, "_cpu_has_bfloat16", lambda: True)
+    monkeypatch.setattr(config_module, "packs_bfloat16", lambda: True)
     assert resolve(on_cpu(folder)).notes == ()
-
-
-def test_cpu_flags(tmp_path: Path) -> None:
-    info = tmp_path / "cpuinfo"
-    assert not config_module._cpu_has_bfloat16(info)
-    info.write_text("flags : fpu avx512f avx512_bf16_extra\n")
-    assert not config_module._cpu_has_bfloat16(info)
-    info.write_text("flags : fpu amx_bf16 amx_tile\n")
-    assert config_module._cpu_has_bfloat16(info)
 
 
 def test_workers_get_equal_settings_but_for_the_rank(model: str) -> None:

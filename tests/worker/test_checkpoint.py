@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, OPTConfig, PretrainedConfig, PreTrainedModel
 
+from quire.kernels.linear import packed_product
 from quire.worker.config import WorkerConfig
 from quire.worker.host import packs_bfloat16
 from quire.worker.models.checkpoint import (
@@ -240,13 +241,22 @@ def test_bytes_are_those_of_the_model(checkpoint: tuple[Path, ModelSpec], size: 
 def test_the_packed_copy_of_a_tied_head_is_counted(make_model: MakeModel) -> None:
     folder, _ = make_model(LlamaConfig(**SMALL, tie_word_embeddings=True))
     spec = ModelSpec.from_pretrained(folder)
-    supported = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    ours = packed_product(torch.zeros(64, 8, dtype=torch.bfloat16)) is not None
+    supported = ours or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     assert packs_bfloat16() == supported
     for dtype, packed in (("bfloat16", supported), ("float32", False)):
         model = load_model(WorkerConfig(str(folder), dtype=dtype), spec, TensorParallel.single())
         copy = 99 * 32 * 2 if packed else 0
         assert model.weight_bytes == sum(bytes_by_group(spec, dtype).values()) + copy
         assert model.weight_bytes == sum(bytes_by_group(spec, dtype, packed=packed).values())
+
+
+def test_flags_of_processors_that_take_packed_weights(tmp_path: Path) -> None:
+    info = tmp_path / "cpuinfo"
+    assert not packs_bfloat16(info)
+    for flags, packs in (("fpu sse4_2 avx fma", False), ("fpu avx avx2 fma", True), ("asimd bf16", True)):
+        info.write_text(f"flags : {flags}\n")
+        assert packs_bfloat16(info) == packs, flags
 
 
 def test_progress_ends_at_the_total(checkpoint: tuple[Path, ModelSpec]) -> None:

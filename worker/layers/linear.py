@@ -2,8 +2,8 @@
 in an all-reduce; the bias of the latter is added once, after the sum.
 
 Parameters are created empty, in their final place: whoever builds a layer fills it, and may then `pack` it, which
-settles how it multiplies: bfloat16 on a CPU runs faster on weights in oneDNN's own layout, by our own loop where the
-processor suits it; a deterministic layer computes each row of its input as if it were alone.
+settles how it multiplies: bfloat16 on a CPU runs faster on weights that are laid out anew, by our own loop where the
+processor suits it, elsewhere by oneDNN; a deterministic layer computes each row of its input as if it were alone.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ def _pointwise() -> Callable[..., torch.Tensor]:
 
 
 def choose_product(weight: torch.Tensor, deterministic: bool) -> tuple[Product, torch.Tensor | None]:
-    """How to multiply with a filled weight, and its copy in oneDNN's layout, which then takes its place."""
+    """How to multiply with a filled weight, and the copy that this product reads, which then takes its place."""
+    found = packed_product(weight)
+    if found is not None:
+        return found
     packed = pack_weight(weight)
-    product = None if packed is None else packed_product(weight, packed)
-    if product is not None:
-        return product, packed
     if deterministic:
         return linear_invariant, packed
     return (F.linear if packed is None else linear_packed), packed
