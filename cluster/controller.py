@@ -18,6 +18,7 @@ from quire.cluster import errors, wire
 from quire.cluster.engine_thread import EngineThread, RemoteExecutor
 from quire.cluster.errors import RequestError
 from quire.cluster.executor import GrpcExecutor, WorkerAddress, WorkerLost
+from quire.cluster.relay import RelayContext
 from quire.cluster.servers import Context
 from quire.cluster.streams import Stream
 from quire.protos import generation_pb2, generation_pb2_grpc
@@ -129,6 +130,8 @@ class Controller(generation_pb2_grpc.GenerationServicer):
             await errors.abort(context, error)
         try:
             yield _started(stream.request, self.info.model)
+            if isinstance(context, RelayContext):
+                stream.send_token = context.send_token
             async for message in stream.messages():
                 yield message
         except RequestError as error:

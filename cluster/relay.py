@@ -4,12 +4,16 @@ With a stream for each request, a step of n sequences is n messages, each sent, 
 two processes then cost more than the scheduler and the text together. Both ends speak as if there were no relay. The
 controller's `Generate` is called once per request; the gateway calls a stub's `Generate`. The one stream's end, from
 whatever side, ends all of its requests.
+
+Most of what a step makes is one token for each sequence and nothing else. Such tokens pass `Generate` by, through its
+context, and travel as columns: on the controller's side nobody is woken up for them but who writes the stream.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import logging
 from collections import deque
@@ -31,6 +35,9 @@ MAX_ANSWERS = 512
 """In one message: what a gateway finds waiting that was stopped for a while, or for which many long answers end in one
 step, must not exceed what it can receive. Of `wire.MAX_TOKENS_PER_MESSAGE` tokens each with 20 log-probabilities beside
 its own, they are 40 of its 64 megabytes."""
+
+MAX_COLUMN = 2048
+"""Tokens of one answer."""
 
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
@@ -66,7 +73,7 @@ class _Served:
     def __init__(self, generate: Generate) -> None:
         self._generate = generate
         self._tasks: dict[int, asyncio.Task[None]] = {}
-        self._answers: list[relay_pb2.RelayAnswer] = []
+        self._answers: list[relay_pb2.RelayAnswer | _Tokens] = []
         self._ready = asyncio.Event()
         self._is_over = False
 
@@ -91,7 +98,7 @@ class _Served:
         if self._is_over:
             return []
         taken, self._answers = self._answers[:MAX_ANSWERS], self._answers[MAX_ANSWERS:]
-        return taken
+        return [answer.encode() if isinstance(answer, _Tokens) else answer for answer in taken]
 
     def cancel_all(self) -> None:
         for task in self._tasks.values():
@@ -100,7 +107,7 @@ class _Served:
     async def _serve(self, key: int, request: pb.GenerateRequest) -> None:
         end = relay_pb2.CallEnd()
         try:
-            async for response in self._generate(request, _Context()):
+            async for response in self._generate(request, RelayContext(functools.partial(self._put_token, key))):
                 self._put(relay_pb2.RelayAnswer(key=key, response=response))
         except _Aborted as aborted:
             end = aborted.end
@@ -115,6 +122,33 @@ class _Served:
         self._answers.append(answer)
         self._ready.set()
 
+    def _put_token(self, key: int, index: int, seq: int, token_id: int) -> None:
+        last = self._answers[-1] if self._answers else None
+        if not isinstance(last, _Tokens) or len(last.keys) == MAX_COLUMN:
+            last = _Tokens()
+            self._answers.append(last)
+            self._ready.set()
+        last.keys.append(key)
+        last.indexes.append(index)
+        last.seqs.append(seq)
+        last.token_ids.append(token_id)
+
+
+class _Tokens:
+    """Columns that grow until they are sent, or something else follows."""
+
+    __slots__ = ("indexes", "keys", "seqs", "token_ids")
+
+    def __init__(self) -> None:
+        self.keys: list[int] = []
+        self.indexes: list[int] = []
+        self.seqs: list[int] = []
+        self.token_ids: list[int] = []
+
+    def encode(self) -> relay_pb2.RelayAnswer:
+        columns = {name: getattr(self, name) for name in self.__slots__}
+        return relay_pb2.RelayAnswer(tokens=relay_pb2.Tokens(**columns))
+
 
 class _Aborted(Exception):
     def __init__(self, end: relay_pb2.CallEnd) -> None:
@@ -122,8 +156,12 @@ class _Aborted(Exception):
         self.end = end
 
 
-class _Context:
+class RelayContext:
     """What `generate` is given for a context: it can end the call with a status."""
+
+    def __init__(self, send_token: Callable[[int, int, int], None]) -> None:
+        self.send_token = send_token
+        """Sends index, position and id of a token, after all that has been yielded until now."""
 
     async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: Any = ()) -> NoReturn:
         kept = next((value for key, value in trailing_metadata or () if key == errors.DETAILS_KEY), b"")
@@ -201,7 +239,10 @@ class _Link:
         try:
             async for message in self._stream:
                 for answer in message.answers:
-                    self._deliver(answer)
+                    if answer.HasField("tokens"):
+                        self._deliver_tokens(answer.tokens)
+                    else:
+                        self._deliver(answer)
         except grpc.aio.AioRpcError as error:
             # A process that ends cuts its streams with one code or another. A secret that does not fit is no such end.
             is_ours = error.code() is grpc.StatusCode.UNAUTHENTICATED
@@ -211,6 +252,12 @@ class _Link:
             for call in self._calls.values():
                 call.end(why)
             self._calls.clear()
+
+    def _deliver_tokens(self, tokens: relay_pb2.Tokens) -> None:
+        columns = tokens.keys, tokens.indexes, tokens.seqs, tokens.token_ids
+        for key, index, seq, token_id in zip(*columns, strict=True):
+            if (call := self._calls.get(key)) is not None:
+                call.push(wire.encode_output(index, seq, [token_id], []))
 
     def _deliver(self, answer: relay_pb2.RelayAnswer) -> None:
         call = self._calls.get(answer.key)

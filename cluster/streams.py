@@ -6,7 +6,7 @@ A request's samples are sent as they grow. Ranked answers come whole, when the l
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Callable, Collection
 
 import grpc
 
@@ -73,11 +73,19 @@ class Stream:
     def __init__(self, request: Request) -> None:
         self.request = request
         self.error: RequestError | None = None
+        self.send_token: Callable[[int, int, int], None] | None = None
+        """Takes index, position and id of a token that comes alone: nothing beside it, nothing of its sample waiting.
+        The reader is not woken up for it. None: it is."""
         self._samples = [_Sample(index) for index in range(request.params.n)]
         self._ready = asyncio.Event()
 
     def push(self, index: int, token: int, end: FinishReason | None, logprobs: Logprobs | None) -> None:
         sample = self._samples[index]
+        is_alone = logprobs is None and end is None and sample.is_open and not sample.token_ids
+        if is_alone and self.send_token is not None:
+            self.send_token(index, sample.num_sent, token)
+            sample.num_sent += 1
+            return
         sample.token_ids.append(token)
         if logprobs is not None:
             sample.logprobs.append(logprobs)

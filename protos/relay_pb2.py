@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from quire.protos import generation_pb2 as quire_dot_protos_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18quire/protos/relay.proto\x12\x08quire.v1\x1a\x1dquire/protos/generation.proto\"0\n\nRelayCalls\x12\"\n\x05\x63\x61lls\x18\x01 \x03(\x0b\x32\x13.quire.v1.RelayCall\"s\n\tRelayCall\x12\x0b\n\x03key\x18\x01 \x01(\x04\x12-\n\x08generate\x18\x02 \x01(\x0b\x32\x19.quire.v1.GenerateRequestH\x00\x12\"\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x10.quire.v1.CancelH\x00\x42\x06\n\x04what\"\x08\n\x06\x43\x61ncel\"6\n\x0cRelayAnswers\x12&\n\x07\x61nswers\x18\x01 \x03(\x0b\x32\x15.quire.v1.RelayAnswer\"t\n\x0bRelayAnswer\x12\x0b\n\x03key\x18\x01 \x01(\x04\x12.\n\x08response\x18\x02 \x01(\x0b\x32\x1a.quire.v1.GenerateResponseH\x00\x12 \n\x03\x65nd\x18\x03 \x01(\x0b\x32\x11.quire.v1.CallEndH\x00\x42\x06\n\x04what\"9\n\x07\x43\x61llEnd\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0f\n\x07\x64\x65tails\x18\x03 \x01(\x0c\x32\x41\n\x05Relay\x12\x38\n\x04Open\x12\x14.quire.v1.RelayCalls\x1a\x16.quire.v1.RelayAnswers(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18quire/protos/relay.proto\x12\x08quire.v1\x1a\x1dquire/protos/generation.proto\"0\n\nRelayCalls\x12\"\n\x05\x63\x61lls\x18\x01 \x03(\x0b\x32\x13.quire.v1.RelayCall\"s\n\tRelayCall\x12\x0b\n\x03key\x18\x01 \x01(\x04\x12-\n\x08generate\x18\x02 \x01(\x0b\x32\x19.quire.v1.GenerateRequestH\x00\x12\"\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x10.quire.v1.CancelH\x00\x42\x06\n\x04what\"\x08\n\x06\x43\x61ncel\"6\n\x0cRelayAnswers\x12&\n\x07\x61nswers\x18\x01 \x03(\x0b\x32\x15.quire.v1.RelayAnswer\"\x98\x01\n\x0bRelayAnswer\x12\x0b\n\x03key\x18\x01 \x01(\x04\x12.\n\x08response\x18\x02 \x01(\x0b\x32\x1a.quire.v1.GenerateResponseH\x00\x12 \n\x03\x65nd\x18\x03 \x01(\x0b\x32\x11.quire.v1.CallEndH\x00\x12\"\n\x06tokens\x18\x04 \x01(\x0b\x32\x10.quire.v1.TokensH\x00\x42\x06\n\x04what\"H\n\x06Tokens\x12\x0c\n\x04keys\x18\x01 \x03(\x04\x12\x0f\n\x07indexes\x18\x02 \x03(\x05\x12\x0c\n\x04seqs\x18\x03 \x03(\x05\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\"9\n\x07\x43\x61llEnd\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0f\n\x07\x64\x65tails\x18\x03 \x01(\x0c\x32\x41\n\x05Relay\x12\x38\n\x04Open\x12\x14.quire.v1.RelayCalls\x1a\x16.quire.v1.RelayAnswers(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,10 +40,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CANCEL']._serialized_end=244
   _globals['_RELAYANSWERS']._serialized_start=246
   _globals['_RELAYANSWERS']._serialized_end=300
-  _globals['_RELAYANSWER']._serialized_start=302
-  _globals['_RELAYANSWER']._serialized_end=418
-  _globals['_CALLEND']._serialized_start=420
-  _globals['_CALLEND']._serialized_end=477
-  _globals['_RELAY']._serialized_start=479
-  _globals['_RELAY']._serialized_end=544
+  _globals['_RELAYANSWER']._serialized_start=303
+  _globals['_RELAYANSWER']._serialized_end=455
+  _globals['_TOKENS']._serialized_start=457
+  _globals['_TOKENS']._serialized_end=529
+  _globals['_CALLEND']._serialized_start=531
+  _globals['_CALLEND']._serialized_end=588
+  _globals['_RELAY']._serialized_start=590
+  _globals['_RELAY']._serialized_end=655
 # @@protoc_insertion_point(module_scope)

@@ -117,6 +117,9 @@ def test_what_a_stopped_gateway_finds_waiting_fits_into_what_it_can_receive():
     tokens = [(1 << 31) - 1 - i for i in range(wire.MAX_TOKENS_PER_MESSAGE)]
     most = Logprobs(tuple(tokens[: MAX_LOGPROBS + 1]), (-1.5,) * (MAX_LOGPROBS + 1), 1 << 30)
     largest = wire.encode_output(127, 1 << 30, tokens, [most] * len(tokens))
+    columns = [[1 << 62] * relay.MAX_COLUMN, *([[1 << 30] * relay.MAX_COLUMN] * 3)]
+    widest = relay_pb2.Tokens(**dict(zip(("keys", "indexes", "seqs", "token_ids"), columns, strict=True)))
+    assert widest.ByteSize() < largest.ByteSize()
     answer = relay_pb2.RelayAnswers(answers=[relay_pb2.RelayAnswer(key=1 << 62, response=largest)])
     limit = dict(WORKER_CHANNEL_OPTIONS)["grpc.max_receive_message_length"]
     assert limit / 2 < answer.ByteSize() * relay.MAX_ANSWERS < limit
@@ -147,6 +150,83 @@ def test_requests_share_a_stream_and_a_step_is_one_message(monkeypatch):
         assert (await stub.GetLoad(pb.GetLoadRequest(), metadata=bearer("secret"))).num_running == 7
 
     run(body)
+
+
+class Passing(Controller):
+    """Tokens pass `Generate` by, two samples in turn; between them it says something itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.contexts: dict[str, relay.RelayContext] = {}
+
+    async def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse]:
+        yield pb.GenerateResponse(started=pb.Started(request_id=request.request_id))
+        self.contexts[request.request_id] = context
+        try:
+            for seq in (2, 5):
+                async with self.step:
+                    await self.step.wait()
+                yield output([100 + seq], seq)
+            yield finished(6)
+        finally:
+            del self.contexts[request.request_id]
+
+
+def test_tokens_that_pass_by_come_in_order_and_as_columns(monkeypatch):
+    seen: list[relay_pb2.RelayAnswer] = []
+
+    class Watching(relay._Served):
+        async def take(self) -> Any:
+            seen.extend(taken := await super().take())
+            return taken
+
+    monkeypatch.setattr(relay, "_Served", Watching)
+    monkeypatch.setattr(relay, "MAX_COLUMN", 5)
+
+    async def main() -> None:
+        controller = Passing()
+        async with relayed(controller) as (stub, _):
+            gone = stub.Generate(request("gone"))
+            reading = {name: asyncio.create_task(read(stub.Generate(request(name)))) for name in "abc"}
+            await until(lambda: len(controller.contexts) == 4)
+            contexts = list(controller.contexts.values())
+            for first in (0, 3):
+                for seq in (first, first + 1):
+                    for context in contexts:
+                        context.send_token(0, seq, 200 + seq)
+                await controller.advance()
+                await asyncio.sleep(0.05)
+            for name, task in reading.items():
+                messages = await task
+                assert messages[0].started.request_id == name
+                assert tokens(messages) == [200, 201, 102, 203, 204, 105] and messages[-1] == finished(6)
+                place = 0
+                for message in messages[1:-1]:
+                    assert message.output.seq == place
+                    place += len(message.output.token_ids)
+            gone.cancel()
+
+    asyncio.run(main())
+    columns = [answer.tokens for answer in seen if answer.HasField("tokens")]
+    assert [len(each.keys) for each in columns] == [5, 3, 5, 3]
+    assert all(len(each.keys) == len(each.seqs) == len(each.indexes) == len(each.token_ids) for each in columns)
+
+
+def test_tokens_of_one_that_was_cancelled_are_nobodys():
+    async def main() -> None:
+        controller = Passing()
+        async with relayed(controller) as (stub, _):
+            first, second = stub.Generate(request("first")), stub.Generate(request("second"))
+            await until(lambda: len(controller.contexts) == 2)
+            context = controller.contexts["first"]
+            first.cancel()
+            context.send_token(0, 0, 7)  # before the controller has heard of it
+            controller.contexts["second"].send_token(1, 0, 8)
+            assert (await anext(second)).started.request_id == "second"
+            assert (await anext(second)).output == pb.Output(index=1, seq=0, token_ids=[8])
+            second.cancel()
+
+    asyncio.run(main())
 
 
 def test_one_that_is_cancelled_ends_at_the_controller_and_the_others_go_on():

@@ -47,6 +47,34 @@ def test_the_first_token_comes_at_once_and_then_what_has_gathered():
     asyncio.run(scenario())
 
 
+def test_a_token_alone_passes_the_reader_by_and_keeps_its_place():
+    async def scenario() -> None:
+        stream, passed = stream_of(n=2), []
+        messages = stream.messages()
+        stream.push(0, 7, None, None)  # before anybody takes them
+        stream.send_token = lambda *token: passed.append(token)
+        stream.push(0, 8, None, None)  # not ahead of the one that waits
+        stream.push(1, 9, None, None)
+        assert passed == [(1, 0, 9)]
+        assert (await take(messages)).output == pb.Output(index=0, seq=0, token_ids=[7, 8])
+        waiting = asyncio.ensure_future(anext(messages))
+        stream.push(0, 10, None, None)
+        stream.push(1, 11, None, Logprobs((11,), (-1.0,), 1))  # it has something beside it
+        assert passed[1:] == [(0, 2, 10)]
+        assert (await asyncio.wait_for(waiting, 5)).output.seq == 1
+        stream.push(0, 12, None, None)
+        stream.push(0, 13, FinishReason.LENGTH, None)
+        stream.drop(1)
+        stream.push(1, 14, None, None)  # nobody waits for it
+        assert passed[2:] == [(0, 3, 12)]
+        assert (await take(messages)).output == pb.Output(index=0, seq=4, token_ids=[13])
+        assert (await take(messages)).finished.seq == 5
+        with pytest.raises(StopAsyncIteration):
+            await take(messages)
+
+    asyncio.run(scenario())
+
+
 def test_no_message_grows_beyond_its_limit_and_log_probabilities_stay_with_their_tokens():
     async def scenario() -> None:
         stream, total = stream_of(logprobs=0), MAX_TOKENS_PER_MESSAGE + 3
