@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from quire.cluster.fate import end_with_parent
+
 _TICKS = os.sysconf("SC_CLK_TCK")
 READY_LINE = re.compile(r"gRPC on (\S+);")
 
@@ -26,6 +28,7 @@ class ServedQuire:
             stdout=subprocess.DEVNULL,
             text=True,
             start_new_session=True,
+            preexec_fn=end_with_parent,
             env=environment,
         )
         self.pid = self.process.pid

@@ -26,7 +26,7 @@ def in_own_session(run: Callable[[], int]) -> int:
     child = os.fork()
     if child == 0:
         os.setsid()
-        _end_with_parent()
+        end_with_parent()
         os._exit(_exit_code(run))
     for number in SIGNALS:
         signal.signal(number, lambda received, _frame: os.kill(child, received))
@@ -50,8 +50,8 @@ def exit_with_parent() -> None:
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
-def _end_with_parent() -> None:
-    """A parent that is killed cannot pass anything on: the kernel does."""
+def end_with_parent() -> None:
+    """SIGTERM for this process when its parent is gone: one that is killed cannot pass anything on, the kernel does."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 

@@ -169,11 +169,17 @@ class BlockedWeight:
 
 
 def blocked(weight: torch.Tensor) -> BlockedWeight | None:
-    """None where the loop could not read it, or would not be faster."""
+    """None where the loop does not take it, or oneDNN is faster."""
     if not suits_processor() or weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
         return None
-    if ROW_KIND != FLOAT32 and weight.shape[1] % (2 * UNROLLED):
-        return None  # rows are multiplied where they lie, and end before the block does
+    outputs, inputs = weight.shape
+    if ROW_KIND != FLOAT32:
+        # Rows are multiplied where they lie, and must not end before the block does.
+        too_short = inputs % (2 * UNROLLED) != 0
+        # Threads that no block is left for stand idle, and oneDNN's do not.
+        too_few = outputs // OUTPUTS < torch.get_num_threads()
+        if too_short or too_few:
+            return None
     return BlockedWeight(weight)
 
 
