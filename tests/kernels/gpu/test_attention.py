@@ -267,6 +267,7 @@ def test_a_prefix_that_does_not_pay_is_not_attended_to_together() -> None:
     assert next(iter(case.rows.derived.values()))[0].shared is None
 
 
+@pytest.mark.usefixtures("steady_products")
 def test_deterministic_results_depend_on_no_neighbour_and_no_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "FIXED_CHUNK", 64)
     for window in (None, 100):

@@ -128,9 +128,10 @@ def cancelling(rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> tupl
     return torch.cat([x, -x], 1)[:, order].to(DEVICE), torch.cat([weight, weight], 1)[:, order].to(DEVICE)
 
 
+@pytest.mark.usefixtures("steady_products")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_does_not_depend_on_its_neighbours(dtype: torch.dtype) -> None:
-    """Nor on their number, nor on its place. (The interpreter's products are NumPy's, of the kernel's tiles.)"""
+    """Nor on their number, nor on its place."""
     x, weight = cancelling(70, 200, 150, dtype)
     together = gpu.linear_invariant(x, weight, None)
     assert (together != 0).float().mean() > 0.5
