@@ -150,21 +150,22 @@ class BlockedWeight:
         if bias is not None and self._missing:
             bias = F.pad(bias, (0, self._missing))
         out = threads.empty((rows, outputs), x.dtype)
-        num_threads = 1 if outputs * self._inputs <= ALONE else torch.get_num_threads()
+        all_threads = torch.get_num_threads()
         chunks, room, of_thread = 1, 0, 0
         if ROW_KIND == FLOAT32:
             chunks = -(-rows // WIDENED_ROWS)
             # A recorded call is made by all threads.
-            shape = torch.get_num_threads(), -(-rows // max(chunks, 1)), 2 * self._pairs
+            shape = all_threads, -(-rows // max(chunks, 1)), 2 * self._pairs
             widened = threads.empty(shape, torch.float32)
             room, of_thread = widened.data_ptr(), 4 * widened.stride(0)
         arguments = threads.pack(
             0, rows, self._pairs, self._blocks, chunks, x.data_ptr(), self._inputs, 2 * x.stride(0),
             packed.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr(), 2 * outputs, room, of_thread,
-            torch.get_num_threads(),
+            all_threads,
         )  # fmt: skip
         if rows:
-            threads.run(self._region, arguments, num_threads, counts=True)
+            is_small = outputs * self._inputs <= ALONE
+            threads.run(self._region, arguments, 1 if is_small else all_threads, counts=True)
         return out[:, : self._outputs] if self._missing else out
 
 

@@ -180,6 +180,14 @@ def test_more_threads_than_blocks_or_than_there_was_room_for() -> None:
     assert torch.equal(made.result, wanted)
 
 
+def test_threads_that_no_block_is_left_for() -> None:
+    """oneDNN's products would use them; where it has none, there is nothing to lose."""
+    torch.set_num_threads(3)
+    few, enough = torch.randn(128, 64).bfloat16(), torch.randn(192, 64).bfloat16()
+    assert (linear.packed_product(few) is None) == (block.ROW_KIND != block.FLOAT32)
+    assert linear.packed_product(enough) is not None
+
+
 def test_other_types_are_left_to_torch() -> None:
     assert linear.packed_product(torch.randn(64, 64)) is None
     assert linear.packed_product(torch.randn(64, 64).half()) is None
